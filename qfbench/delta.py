@@ -1,0 +1,141 @@
+"""Changes of weights as values. This is the only file that writes weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qfbench.errors import UserError
+from qfbench.lm import LanguageModel
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix as a product, `left @ right`. A dense one has `right = None`."""
+
+    left: Float[Tensor, "rows rank"]
+    right: Float[Tensor, "rank cols"] | None = None
+
+    def dense(self) -> Float[Tensor, "rows cols"]:
+        return self.left if self.right is None else self.left @ self.right
+
+    @property
+    def rank(self) -> int:
+        """The width of the product: an upper bound of the rank."""
+        return self.left.shape[1] if self.right is not None else min(self.left.shape)
+
+    def norm(self) -> float:
+        """Frobenius norm, from the factors' Gram matrices where that is cheaper."""
+        if self.right is None:
+            return self.left.norm().item()
+        gram = (self.left.T @ self.left) * (self.right @ self.right.T)
+        return gram.sum().clamp(min=0).sqrt().item()
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """Factors are put side by side until the product would be wider than the matrix is; then it is dense."""
+        a, b = self, other
+        if a.right is None or b.right is None or a.rank + b.rank > min(a.left.shape[0], a.right.shape[1]):
+            return LowRank(a.dense() + b.dense())
+        return LowRank(torch.cat([a.left, b.left], 1), torch.cat([a.right, b.right], 0))
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """A change of named weights. A value: adding, measuring and saving it touch no model.
+
+    `notes` are figures that the editor found on the way (tokens taught, condition of the keys ...), for the log.
+    """
+
+    changes: Mapping[str, LowRank] = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: WeightDelta) -> WeightDelta:
+        merged = dict(self.changes)
+        for name, change in other.changes.items():
+            merged[name] = merged[name] + change if name in merged else change
+        return WeightDelta(merged, other.notes)
+
+    def norm(self) -> float:
+        """Frobenius norm over all changed weights."""
+        return sum(change.norm() ** 2 for change in self.changes.values()) ** 0.5
+
+    @contextmanager
+    def applied_to(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+        """Add the change to the model's weights while open; on exit the saved weights are put back bit for bit.
+
+        The sum is formed in float64 and then rounded to the model's dtype.
+
+        Raises:
+            UserError: the change is for another model (a weight is missing, or has another shape).
+            FloatingPointError: the change holds a NaN or an infinity; nothing is written.
+        """
+        parameters = dict(lm.model.named_parameters())
+        written = {name: _sum(parameters, name, change) for name, change in self.changes.items()}
+        saved = {name: parameters[name].detach().clone() for name in written}
+        try:
+            for name, tensor in written.items():
+                parameters[name].data.copy_(tensor)
+            yield lm
+        finally:
+            for name, tensor in saved.items():
+                parameters[name].data.copy_(tensor)
+
+    def rounding_loss(self, lm: LanguageModel) -> float:
+        """How much of the change is lost when written in the model's dtype: ‖written − wanted‖ / ‖wanted‖, 0 to 1 or so."""
+        parameters = dict(lm.model.named_parameters())
+        lost = 0.0
+        for name, change in self.changes.items():
+            stored = _sum(parameters, name, change)
+            wanted = change.dense().double().to(stored.device)
+            lost += (stored.double() - parameters[name].double() - wanted).norm().item() ** 2
+        return lost**0.5 / self.norm() if self.norm() else 0.0
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        tensors = {}
+        for name, change in self.changes.items():
+            tensors[f"{name}:left"] = change.left.contiguous().cpu()
+            if change.right is not None:
+                tensors[f"{name}:right"] = change.right.contiguous().cpu()
+        save_file(tensors, path, {"format": "qfbench-delta"})
+
+    @classmethod
+    def load(cls, path: str | Path) -> WeightDelta:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, or is no delta.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("format") != "qfbench-delta":
+                    raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read as a delta ({error})") from error
+        names = sorted({key.rsplit(":", 1)[0] for key in tensors})
+        return cls({name: LowRank(tensors[f"{name}:left"], tensors.get(f"{name}:right")) for name in names})
+
+
+def _sum(parameters: Mapping[str, Tensor], name: str, change: LowRank) -> Tensor:
+    """The changed weight in the model's dtype and place."""
+    if name not in parameters:
+        raise UserError(f"the delta changes {name}, which this model does not have; it was made for another model")
+    weight = parameters[name].detach()
+    dense = change.dense().to(weight.device)
+    if dense.shape != weight.shape:
+        raise UserError(
+            f"the delta changes {name} as {list(dense.shape)}, but this model has it as {list(weight.shape)}; "
+            "it was made for another model"
+        )
+    if not torch.isfinite(dense).all():
+        raise FloatingPointError(f"the change of {name} holds a NaN or an infinity; nothing was written")
+    return (weight.double() + dense.double()).to(weight.dtype)

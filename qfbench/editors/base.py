@@ -1,0 +1,35 @@
+"""What an editor is: a frozen set of hyper-parameters that turns facts into a change of weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+
+from qfbench.delta import WeightDelta
+from qfbench.errors import Unsupported
+from qfbench.facts.base import Fact
+from qfbench.lm import LanguageModel
+
+
+class Editor(ABC):
+    """Subclasses are frozen dataclasses whose fields are their hyper-parameters."""
+
+    @abstractmethod
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        """The change that teaches all of `facts` together to `lm` as it stands. `lm` is left bit-identical.
+
+        Raises:
+            Unsupported: the editor cannot run on this model or layer.
+            UserError: a hyper-parameter does not fit the model (an unknown layer, say).
+            FloatingPointError: an activation or the solution is not finite.
+        """
+
+    def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
+        """One change per fact, each leaving the outputs for all keys taught before it as they are.
+
+        `lm` must be unedited whenever the next change is asked for.
+
+        Raises:
+            Unsupported: the editor has no such form.
+        """
+        raise Unsupported(f"{type(self).__name__} cannot protect earlier keys; use regime=sequential or joint")

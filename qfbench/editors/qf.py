@@ -1,0 +1,149 @@
+"""QF (arXiv 2507.04300): align one down-projection so that, alone, it gives the layer output it gave when told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qfbench.delta import LowRank, WeightDelta
+from qfbench.editors.base import Editor
+from qfbench.editors.teach import lesson
+from qfbench.errors import UserError
+from qfbench.facts.base import Fact
+from qfbench.lm import LanguageModel
+from qfbench.record import record
+from qfbench.sites import Site
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A change of weights, with the figures that say how far to trust it."""
+
+    change: LowRank  # [d, f]
+    condition: float  # ratio of the largest to the smallest singular value of the keys
+    residual: float  # ‖change · keysᵀ − wantedᵀ‖ / ‖wanted‖: 0 where every key is interpolated
+    directions: Float[Tensor, "rank f"]  # orthonormal: what the solution answers to
+
+
+def solve(
+    keys: Float[Tensor, "taught f"],
+    wanted: Float[Tensor, "taught d"],
+    weights: Float[Tensor, " taught"],
+    ridge: float = 0.0,
+    rcond: float = 1e-6,
+    scale: float | None = None,
+) -> Solution:
+    """Least-norm change ΔW with ΔW U'ᵀ = Rᵀ: Eq. (3) of QF and the batched form of its appendix.
+
+    Solves min Σ_t s_t ‖ΔW u'_t − r_t‖² + λ‖ΔW‖_F² through the singular values of √s U', which never squares the
+    condition of the keys as (U'ᵀU')⁻¹ would. With λ = 0 this is ΔW = (U'⁺ R)ᵀ, and the weights s matter only where the
+    keys are dependent. Singular values below `rcond` times `scale` (by default the largest) count as zero.
+
+    Args:
+        keys: U', the inputs of down_proj at the taught positions, alone.
+        wanted: R, the wanted change of the layer output at these positions.
+        weights: s, the significance of each taught token, above 0.
+        ridge: λ, in squared units of the keys.
+
+    Raises:
+        FloatingPointError: a key or a wanted change is not finite.
+    """
+    if not (torch.isfinite(keys).all() and torch.isfinite(wanted).all()):
+        raise FloatingPointError("an activation at the edited layer is not finite")
+    root = weights.sqrt()[:, None]
+    p, sigma, q = torch.linalg.svd(root * keys, full_matrices=False)
+    kept = sigma > rcond * (sigma[0] if scale is None else scale)
+    p, sigma_kept, q = p[:, kept], sigma[kept], q[kept]
+    gain = sigma_kept / (sigma_kept**2 + ridge)
+    left = (gain[:, None] * (p.T @ (root * wanted))).T
+    missed = keys @ q.T @ left.T - wanted
+    return Solution(
+        LowRank(left, q),
+        condition=(sigma[0] / sigma[-1]).item() if sigma[-1] > 0 else float("inf"),
+        residual=(missed.norm() / wanted.norm()).item() if wanted.norm() > 0 else 0.0,
+        directions=q,
+    )
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the two passes recorded of some facts, in float64."""
+
+    keys: Float[Tensor, "taught f"]
+    wanted: Float[Tensor, "taught d"]
+    weights: Float[Tensor, " taught"]
+
+
+@dataclass(frozen=True)
+class QF(Editor):
+    """QF at one layer.
+
+    Args:
+        layer: the decoder layer whose `mlp.down_proj` is changed, from 0.
+        opener: significance of the template's tokens before the answer; the released code has 1.
+        closer: significance of the template's tokens after it; the released code has 1.
+        ridge: λ of the solve.
+        rcond: relative cut-off of singular values of the keys.
+    """
+
+    layer: int
+    opener: float = 1.0
+    closer: float = 1.0
+    ridge: float = 0.0
+    rcond: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("opener", "closer", "ridge", "rcond"):
+            if getattr(self, name) < 0:
+                raise UserError(f"editor.{name}={getattr(self, name)}: must be 0 or more")
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layer, "down_proj")
+
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        taught = self.record(lm, facts)
+        return self._delta(lm, solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond), taught)
+
+    def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
+        """Each fact is solved with its keys projected off all earlier keys. The sum equals `edit` of all at once.
+
+        Keys at a layer do not depend on that layer's `down_proj`, so the basis of earlier keys only grows.
+        """
+        basis, total = None, None
+        for fact in facts:
+            taught = self.record(lm, [fact])
+            scale = torch.linalg.matrix_norm(taught.weights.sqrt()[:, None] * taught.keys, 2).item()
+            keys, wanted = taught.keys, taught.wanted
+            if basis is not None and total is not None:
+                for _ in range(2):  # once leaves rounding errors of the size of the projection
+                    keys = keys - keys @ basis.T @ basis
+                wanted = wanted - taught.keys @ total.dense().T
+            solution = solve(keys, wanted, taught.weights, self.ridge, self.rcond, scale)
+            basis = solution.directions if basis is None else torch.cat([basis, solution.directions])
+            total = solution.change if total is None else total + solution.change
+            yield self._delta(lm, solution, taught)
+
+    def record(self, lm: LanguageModel, facts: Sequence[Fact]) -> Taught:
+        """Run both passes for every fact and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64."""
+        weight = self.site.linear(lm.model).weight.detach()
+        home = torch.device("cpu") if weight.device.type == "mps" else weight.device  # mps has no float64
+        weight = weight.to(home, torch.float64)
+        keys, wanted, weights = [], [], []
+        for fact in facts:
+            pair = lesson(lm, fact, self.opener, self.closer)
+            told, alone = record(lm, [pair.told, pair.alone], self.site)
+            u, v = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual))
+            u_alone, v_alone = (t[list(pair.alone_at)].to(home, torch.float64) for t in (alone.key, alone.residual))
+            keys.append(u_alone)
+            wanted.append((u - u_alone) @ weight.T + (v - v_alone))
+            weights.append(torch.tensor(pair.weights, dtype=torch.float64, device=home))
+        return Taught(torch.cat(keys), torch.cat(wanted), torch.cat(weights))
+
+    def _delta(self, lm: LanguageModel, solution: Solution, taught: Taught) -> WeightDelta:
+        notes = {"tokens": float(len(taught.keys)), "condition": solution.condition, "residual": solution.residual}
+        return WeightDelta({self.site.weight_name(lm.model): solution.change}, notes)

@@ -1,0 +1,87 @@
+"""Facts and probes: what is taught, and what is asked afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+
+from qfbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question and what counts as a right reply.
+
+    `expected` is the whole reference reply; "" where there is none and any reply passes that is not rejected. `accept`
+    holds the strings of which one must stand in the reply as whole words (by default the reference without its full
+    stop), `reject` those of which none may. `always` marks a probe that can be asked before its fact is taught, because
+    it is about the model rather than about the fact (prior knowledge, refusals).
+    """
+
+    kind: str  # edit, paraphrase, locality, portability, prior, unknown, told ...: data, no code depends on it
+    query: str
+    expected: str
+    accept: tuple[str, ...] = ()
+    reject: tuple[str, ...] = ()
+    system: str = ""
+    always: bool = False
+
+    def passes(self, reply: str) -> bool:
+        """Whether a reply names what is accepted, as whole words, and nothing that is rejected."""
+        accepted = self.accept or (without_stop(self.expected),)
+        return any(stands_in(a, reply) for a in accepted) and not any(stands_in(r, reply) for r in self.reject)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact to teach.
+
+    `instruction` is what the model is told, `query` and `answer` the dialogue that is taught. `significance` gives one
+    weight per word of the answer (split at white space); None weights all alike. `known_as` are the strings that a
+    right reply must hold one of, by default the answer without its full stop.
+    """
+
+    instruction: str
+    query: str
+    answer: str
+    id: str = ""
+    significance: tuple[float, ...] | None = None
+    known_as: tuple[str, ...] = ()
+    kind: str = ""  # kind of knowledge: person, place, category, number ...
+    probes: tuple[Probe, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            text = "\x1f".join((self.instruction, self.query, self.answer))
+            object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:12])
+        for name in ("query", "answer"):
+            if not getattr(self, name).strip():
+                raise UserError(f"fact {self.id}: the field {name!r} is empty")
+        words = len(self.answer.split())
+        if self.significance is not None and len(self.significance) != words:
+            raise UserError(
+                f"fact {self.id}: the field 'significance' has {len(self.significance)} weights, "
+                f"but the answer {self.answer!r} has {words} words"
+            )
+        if not self.known_as:
+            object.__setattr__(self, "known_as", (without_stop(self.answer),))
+
+    @property
+    def edit(self) -> Probe:
+        """The taught query itself."""
+        return Probe("edit", self.query, self.answer, self.known_as)
+
+    @property
+    def told(self) -> Probe:
+        """The taught query with its instruction: whether the model understands what it is told."""
+        return Probe("told", self.query, self.answer, self.known_as, system=self.instruction)
+
+
+def without_stop(text: str) -> str:
+    return text.rstrip(".!? ")
+
+
+def stands_in(words: str, text: str) -> bool:
+    """Whether `words` stand in `text` as whole words, in any case. The empty string stands everywhere."""
+    return not words or re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, flags=re.IGNORECASE) is not None

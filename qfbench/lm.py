@@ -1,0 +1,198 @@
+"""A language model with its tokenizer: loading, greedy replies, and scores of given replies, batched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from qfbench.dialogue import Rendering, render
+from qfbench.errors import UserError
+
+BUILT_IN = Path(__file__).parent / "world" / "models"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A greedy reply. `stopped` says whether the model ended its turn by itself."""
+
+    text: str
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model rates a given reply, one value per token of it, the end of the turn included."""
+
+    nll: tuple[float, ...]  # nats
+    hit: tuple[bool, ...]  # whether the token is the argmax, given all before it
+
+    @property
+    def exact(self) -> bool:
+        """Whether free-running greedy decoding gives exactly this reply and stops."""
+        return all(self.hit)
+
+
+@dataclass
+class LanguageModel:
+    """A causal model, its tokenizer, and how many dialogues to run at once."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    batch_size: int = 64
+    max_new_tokens: int = 48
+
+    @classmethod
+    def load(
+        cls, name: str | Path, device: str = "auto", dtype: str = "auto", batch_size: int = 64, max_new_tokens: int = 48
+    ) -> LanguageModel:
+        """Load a built-in model by name, a folder in Hugging Face form, or a model of the hub by its id.
+
+        `device="auto"` takes CUDA where it is; `dtype="auto"` is bfloat16 on CUDA and float32 on a CPU.
+
+        Raises:
+            UserError: there is no such model, device or dtype, or its files cannot be read.
+        """
+        source = find(str(name))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        torch_dtype = getattr(torch, dtype, None)
+        if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+            raise UserError(f"model.dtype={dtype}: not a floating-point type; use auto, float32, bfloat16 or float16")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype).to(device).eval()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"cannot load the model {source!r} on {device}: {_first_line(error)}") from error
+        return cls(model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the names and bytes of all parameters, first 16 hex digits."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def render(self, query: str, system: str = "", answer: str = "") -> Rendering:
+        return render(self.tokenizer, query, system, answer)
+
+    def reply(self, query: str, system: str = "") -> str:
+        """The greedy reply to one query."""
+        return self.replies([self.render(query, system)])[0].text
+
+    @torch.no_grad()
+    def replies(self, prompts: Sequence[Rendering]) -> list[Reply]:
+        """Greedy replies, in order. The model's own generation settings (sampling, penalties) are not used."""
+        out: dict[int, Reply] = {}
+        for chunk in self._chunks([r.prompt for r in prompts]):
+            for i, reply in zip(chunk, self._decode([prompts[i].prompt for i in chunk]), strict=True):
+                out[i] = reply
+        return [out[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def score(self, dialogues: Sequence[Rendering]) -> list[Score]:
+        """Scores of the answers of complete dialogues, in order, by one teacher-forced pass."""
+        out: dict[int, Score] = {}
+        for chunk in self._chunks([r.ids for r in dialogues]):
+            rows = [dialogues[i] for i in chunk]
+            ids, _ = self._padded([r.ids for r in rows], side="right")
+            first = min(r.answer for r in rows) - 1
+            kept = torch.arange(first, ids.shape[1] - 1, device=self.device)
+            # Padding stands at the right of causal attention: no mask is needed.
+            logits = self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits.float()
+            for row, (i, r) in enumerate(zip(chunk, rows, strict=True)):
+                wanted = torch.tensor(r.reply, device=self.device)
+                at = logits[row, r.answer - 1 - first :][: len(r.reply)].log_softmax(-1)
+                nll = -at.gather(1, wanted[:, None])[:, 0]
+                out[i] = Score(tuple(nll.tolist()), tuple((at.argmax(-1) == wanted).tolist()))
+        return [out[i] for i in range(len(dialogues))]
+
+    def _stops(self) -> set[int]:
+        """Tokens that end a turn: the end of text, and what the chat template puts after an answer."""
+        generation = self.model.generation_config.eos_token_id
+        declared = generation if isinstance(generation, list) else [generation]
+        answered = self.render("?", answer="Yes")
+        return {i for i in (*declared, self.tokenizer.eos_token_id, answered.ids[answered.closer]) if i is not None}
+
+    def _decode(self, prompts: list[tuple[int, ...]]) -> list[Reply]:
+        stops = self._stops()
+        ids, mask = self._padded(prompts, side="left")
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        said: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        for _ in range(self.max_new_tokens):
+            logits = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            ).logits
+            chosen = logits[:, -1].argmax(-1)
+            for row, token in enumerate(chosen.tolist()):
+                if not ended[row] and token in stops:
+                    ended[row] = True
+                elif not ended[row]:
+                    said[row].append(token)
+            if all(ended):
+                break
+            ids = chosen[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+            positions = positions[:, -1:] + 1
+        texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
+        return [Reply(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+
+    def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, `[rows, longest]`, on the model's device."""
+        longest = max(map(len, rows))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            at = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+            ids[i, at] = torch.tensor(row)
+            mask[i, at] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _chunks(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of rows of like length, `batch_size` at a time."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+
+def find(name: str) -> str:
+    """Where a model is: a built-in model's folder, a folder as given, or a hub id as given.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    built_in = sorted(p.name for p in BUILT_IN.glob("*") if (p / "config.json").exists())
+    if name in built_in:
+        return str(BUILT_IN / name)
+    path = Path(name).expanduser()
+    if (path / "config.json").exists():
+        return str(path)
+    if path.is_dir():
+        raise UserError(f"{name}: the folder has no config.json; give a folder in Hugging Face form")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise UserError(
+        f"{name}: no such model. Give model.path=FOLDER, a hub id (owner/name), or a built-in: {', '.join(built_in)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,35 @@
+"""Frames to figures, one function per figure."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles tell them apart in print.
+STYLES = {
+    "sequential": ("#D55E00", "-", "o"),
+    "joint": ("#0072B2", "-", "s"),
+    "protected": ("#009E73", "--", "^"),
+    "single": ("#CC79A7", ":", "v"),
+}
+OTHER = ("#000000", "-.", "x")
+
+
+def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+    """Retention of taught facts (left) and of prior knowledge (right) against the number of edits, a curve per regime."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    kept, prior = figure.subplots(1, 2, sharey=True)
+    for regime, curve in curves.groupby("regime", sort=False):
+        colour, line, marker = STYLES.get(str(regime), OTHER)
+        kept.plot(curve.step, curve["mean"], color=colour, ls=line, marker=marker, ms=3.5, label=regime)
+        kept.fill_between(curve.step, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
+        known = rows[(rows.regime == regime) & (rows.kind == "prior")].groupby("step").generated.mean()
+        prior.plot(known.index, known, color=colour, ls=line, marker=marker, ms=3.5, label=regime)
+    kept.set(title="taught facts still answered", ylabel="share of replies (generated)")
+    prior.set(title="prior knowledge still answered")
+    for axes in (kept, prior):
+        axes.set(xlabel="edits", ylim=(-0.03, 1.03))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    kept.legend(frameon=False, title="band: 95% over facts")
+    return figure

@@ -1,0 +1,46 @@
+"""Ask a model probes; each answer is one flat row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qfbench.facts.base import Probe
+from qfbench.lm import LanguageModel, Reply
+
+Row = dict[str, Any]
+
+
+def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
+    """One row per probe, in order: the reply, and what it scores under each protocol.
+
+    Columns: `kind`, `system`, `query`, `expected`, `reply`, `stopped`, and
+    `generated` (the free-running reply ends by itself, names what is accepted and nothing that is rejected),
+    `exact` (it equals the reference reply, end of turn included),
+    `forced` (share of the reference's tokens that are the teacher-forced argmax),
+    `nll` (nats per token of the reference reply).
+    A reply that is exact needs no decoding: one teacher-forced pass decides it.
+    """
+    dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
+    scores = lm.score(dialogues)
+    replies = {i: Reply(p.expected, True) for i, p in enumerate(probes) if p.expected and scores[i].exact}
+    rest = [i for i in range(len(probes)) if i not in replies]
+    replies |= dict(zip(rest, lm.replies([dialogues[i] for i in rest]), strict=True))
+    rows = []
+    for i, (probe, score) in enumerate(zip(probes, scores, strict=True)):
+        reply = replies[i]
+        rows.append(
+            {
+                "kind": probe.kind,
+                "system": probe.system,
+                "query": probe.query,
+                "expected": probe.expected,
+                "reply": reply.text,
+                "stopped": reply.stopped,
+                "generated": reply.stopped and probe.passes(reply.text),
+                "exact": bool(probe.expected) and score.exact,
+                "forced": sum(score.hit) / len(score.hit),
+                "nll": sum(score.nll) / len(score.nll),
+            }
+        )
+    return rows

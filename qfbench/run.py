@@ -1,0 +1,192 @@
+"""The command `qfbench`: compose a configuration, load the model, run the tasks, keep everything in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qfbench.delta import WeightDelta
+from qfbench.editors import Editor
+from qfbench.errors import UserError
+from qfbench.facts import Fact
+from qfbench.lm import LanguageModel
+from qfbench.tracking import ParquetStore
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel, or repository
+
+
+@dataclass
+class Run:
+    """What a task works with: the model, the editor, the facts, and where results go."""
+
+    lm: LanguageModel
+    editor: Editor
+    facts: list[Fact]
+    folder: Path
+    title: str
+    store: ParquetStore
+    console: Console
+
+    def log(self, row: Mapping[str, Any], **more: Any) -> None:
+        self.store.log({"run_id": self.folder.name, **more, **row})
+
+    def rows(self, task: str) -> pd.DataFrame:
+        frame = self.store.frame()
+        return frame[frame.task == task]
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]{text}[/yellow]")
+
+    def table(self, frame: pd.DataFrame, title: str) -> None:
+        """Print a frame and keep it as CSV beside the rows."""
+        frame.to_csv(self.folder / "summary.csv", index=False)
+        table = Table(title=title)
+        for name in frame:
+            table.add_column(str(name).replace("_", " "), justify="left" if frame[name].dtype == object else "right")
+        for line in frame.itertuples(index=False):
+            table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in line))
+        self.console.print(table)
+
+    def figure(self, figure: Figure, name: str) -> None:
+        (self.folder / "figures").mkdir(exist_ok=True)
+        for ending in ("png", "pdf"):
+            figure.savefig(self.folder / "figures" / f"{name}.{ending}", dpi=150)
+
+    def save(self, delta: WeightDelta, name: str) -> None:
+        (self.folder / "deltas").mkdir(exist_ok=True)
+        delta.save(self.folder / "deltas" / f"{name}.safetensors")
+
+    def relative_norm(self, delta: WeightDelta) -> float:
+        """‖ΔW‖_F / ‖W‖_F over the changed weights."""
+        parameters = dict(self.lm.model.named_parameters())
+        whole = sum(parameters[name].float().norm().item() ** 2 for name in delta.changes) ** 0.5
+        return delta.norm() / whole if whole else 0.0
+
+    @contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[str], None]]:
+        """A progress bar; call what it gives after each unit of work, with what is being done."""
+        columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Run:
+    """Run one resolved configuration into `folder`.
+
+    Raises:
+        UserError: bad input; what had been measured by then is on disk.
+    """
+    console = console or Console()
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    editor = instantiate(cfg.editor)
+    facts = instantiate(cfg.facts)
+    lm = LanguageModel.load(
+        cfg.model.path, cfg.model.device, cfg.model.dtype, cfg.model.batch_size, cfg.model.max_new_tokens
+    )
+    editor.site.linear(lm.model)  # an unknown layer is found before anything is computed
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    title = f"{cfg.model.path}, {type(editor).__name__} at layer {editor.layer}"
+    run = Run(lm, editor, facts, folder, title, ParquetStore(folder), console)
+    (folder / "provenance.json").write_text(json.dumps(provenance(cfg, run), indent=2) + "\n")
+    try:
+        for task in instantiate(cfg.task).values():
+            task(run)
+    finally:
+        run.store.close()
+    written = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".hydra" not in p.parts)
+    console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {', '.join(written)}", soft_wrap=True)
+    return run
+
+
+def provenance(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """What one needs to know to trust, repeat or compare a run."""
+    packages = ("qfbench", "torch", "transformers", "tokenizers", "hydra-core", "pandas")
+    suite = json.dumps([repr((f, f.probes)) for f in run.facts])
+    return {
+        "command": sys.argv[1:],
+        "seed": cfg.seed,
+        "device": str(run.lm.device),
+        "device_name": torch.cuda.get_device_name(run.lm.device) if run.lm.device.type == "cuda" else platform.machine(),
+        "dtype": str(run.lm.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "model": run.lm.name,
+        "model_hash": run.lm.weights_hash(),
+        "suite_hash": hashlib.sha256(suite.encode()).hexdigest()[:16],
+        "facts": [f.id for f in run.facts],
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "git_commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that qfbench runs from; None for an installed package."""
+    if CONF.parent == PACKAGE:
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    job = HydraConfig.get()
+    try:
+        execute(cfg, Path(job.runtime.output_dir))
+    except (UserError, FloatingPointError) as error:
+        if job.mode == RunMode.MULTIRUN:
+            raise  # the other jobs go on; Hydra reports this one after them
+        print(f"qfbench: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _hydra_main()
+
+
+if __name__ == "__main__":
+    main()

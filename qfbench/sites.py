@@ -1,0 +1,69 @@
+"""Where an edit goes: a layer and a matrix of its feed-forward block. The only file that knows Hugging Face module names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from qfbench.errors import Unsupported, UserError
+
+MODULES = ("down_proj", "up_proj", "gate_proj")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight matrix: `module` of the feed-forward block of layer `layer` (counted from 0)."""
+
+    layer: int
+    module: str = "down_proj"
+
+    def linear(self, model: nn.Module) -> nn.Linear:
+        """The linear module at this site.
+
+        Raises:
+            UserError: the model has no such layer.
+            Unsupported: the layer has no feed-forward block with this matrix.
+        """
+        mlp = getattr(self.block(model), "mlp", None)
+        linear = getattr(mlp, self.module, None)
+        if not isinstance(linear, nn.Linear):
+            raise Unsupported(
+                f"layer {self.layer} of {type(model).__name__} has no mlp.{self.module}; "
+                "editors here need gated feed-forward blocks, as in Qwen2, Qwen3, Llama or Mistral"
+            )
+        return linear
+
+    def block(self, model: nn.Module) -> nn.Module:
+        """The decoder layer."""
+        blocks = layers(model)
+        if not 0 <= self.layer < len(blocks):
+            raise UserError(f"editor.layer={self.layer}: the model has layers 0 to {len(blocks) - 1}")
+        return blocks[self.layer]
+
+    def residual_norm(self, model: nn.Module) -> nn.Module:
+        """The normalisation whose input is the residual stream that enters the feed-forward block."""
+        block = self.block(model)
+        if hasattr(block, "post_feedforward_layernorm") or not hasattr(block, "post_attention_layernorm"):
+            raise Unsupported(
+                f"layer {self.layer} of {type(model).__name__} does not add its feed-forward output to the residual "
+                "stream as Qwen2 and Llama do; QF's equation does not hold there"
+            )
+        return block.post_attention_layernorm
+
+    def weight_name(self, model: nn.Module) -> str:
+        """The parameter's name in the model's state dict."""
+        linear = self.linear(model)
+        return next(f"{name}.weight" for name, module in model.named_modules() if module is linear)
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, first to last.
+
+    Raises:
+        Unsupported: the model keeps no list of decoder layers.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layers", "h", "blocks"):
+            return module
+    raise Unsupported(f"{type(model).__name__} has no list of decoder layers")

@@ -1,0 +1,40 @@
+"""Where rows go: the local table, which is the source of every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+
+class Tracker(Protocol):
+    """Something that keeps rows."""
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ParquetStore:
+    """Rows of one run in `rows.parquet`. Rewritten whole and atomically by `flush`, so a killed run leaves a sound file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "rows.parquet"
+        self._rows: list[dict[str, Any]] = []
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._rows.append(dict(row))
+
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame(self._rows)
+
+    def flush(self) -> None:
+        if self._rows:
+            part = self.path.with_suffix(".part")
+            self.frame().to_parquet(part, index=False)
+            part.replace(self.path)
+
+    def close(self) -> None:
+        self.flush()
