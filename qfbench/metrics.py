@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 
-def interval(values: Sequence[float], clusters: Sequence[str], draws: int = 1000, level: float = 0.95) -> tuple[float, float]:
+def interval(
+    values: Sequence[float], clusters: Sequence[str], draws: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
     """Bootstrap interval of a mean, resampling whole clusters (all values of one fact together).
 
     With one cluster, or where all clusters have the same mean, the interval has no width: it says nothing then.
@@ -33,28 +35,46 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per regime, each measure a share of replies under the `generated` protocol.
+def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
+    """For each kind of probe, the share of replies that pass under the `generated` protocol; NaN where none was asked."""
+    return {kind: rows.generated[rows.kind == kind].astype(float).mean() for kind in kinds}
 
-    `efficacy` and `paraphrase`: right after each fact's own edit; `paraphrase_held_out`: the same in wordings that training
-    never used. After the last edit: `retention` (taught queries), `prior` (of what the unedited model knew), `refused` (unknown
-    subjects still refused, of those refused before), `leakage` (unknown subjects that got a taught answer).
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per regime.
+
+    Right after each fact's own edit: `efficacy` (its query), `paraphrase`, `held_out` (wordings that training never
+    used), `portability` (what follows from it). After the last edit: `retention` (all taught queries), `prior` (of what
+    the unedited model knew), `refused` (of unknown subjects refused before), `leakage` (unknown subjects that got a
+    taught answer), `norm` (‖ΔW‖ / ‖W‖).
     """
+    out = []
+    for regime, group in rows[rows.condition == "edited"].groupby("regime", sort=False):
+        fresh, last = group[group.fresh.astype(bool)], group[group.step == group.step.max()]
+        out.append({"regime": regime} | _fresh(fresh) | {"retention": shares(last, "edit")["edit"]} | _kept(last))
+    return pd.DataFrame(out).dropna(axis=1, how="all")
+
+
+def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per layer: the measures of `summary` for single edits, then after the last of the sequential ones."""
     edited = rows[rows.condition == "edited"]
     out = []
-    for regime, group in edited.groupby("regime", sort=False):
-        fresh, last = group[group.step == group.taught_at], group[group.step == group.step.max()]
-        line = {
-            "regime": regime,
-            "efficacy": fresh[fresh.kind == "edit"].generated.mean(),
-            "paraphrase": fresh[fresh.kind == "paraphrase"].generated.mean(),
-            "paraphrase_held_out": fresh[fresh.kind == "paraphrase_held_out"].generated.mean(),
-            "portability": fresh[fresh.kind == "portability"].generated.mean(),
-            "retention": last[last.kind == "edit"].generated.mean(),
-            "prior": last[last.kind == "prior"].generated.mean(),
-            "refused": last[last.kind == "unknown"].generated.mean(),
-            "leakage": last[last.kind == "unknown"].leaked.mean(),
-            "norm": last.relative_norm.iloc[0],
-        }
-        out.append(line)
+    for layer, group in edited.groupby("layer"):
+        single, run = group[group.regime == "single"], group[group.regime == "sequential"]
+        last = run[run.step == run.step.max()]
+        after = {"retention": shares(last, "edit")["edit"]} | _kept(last)
+        after = {f"seq_{name}": value for name, value in after.items()}
+        out.append({"layer": int(layer)} | _fresh(single[single.fresh.astype(bool)]) | _kept(single) | after)
     return pd.DataFrame(out).dropna(axis=1, how="all")
+
+
+def _fresh(rows: pd.DataFrame) -> dict[str, float]:
+    measured = shares(rows, "edit", "paraphrase", "paraphrase_held_out", "portability")
+    names = {"edit": "efficacy", "paraphrase_held_out": "held_out"}
+    return {names.get(kind, kind): value for kind, value in measured.items()}
+
+
+def _kept(rows: pd.DataFrame) -> dict[str, float]:
+    kept = shares(rows, "prior", "unknown")
+    leaked = rows.leaked[rows.kind == "unknown"].astype(float).mean()
+    return {"prior": kept["prior"], "refused": kept["unknown"], "leakage": leaked, "norm": rows.relative_norm.mean()}

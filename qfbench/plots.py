@@ -33,3 +33,30 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     kept.legend(frameon=False, title="band: 95% over facts")
     return figure
+
+
+def layer_curve(curve: pd.DataFrame) -> Figure:
+    """What single edits teach and keep at each layer (left), and what is left after all of them in sequence (right)."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    alone, sequence = figure.subplots(1, 2, sharey=True)
+    lines = {
+        "efficacy": ("#0072B2", "-", "o"),
+        "held_out": ("#56B4E9", "--", "s"),
+        "prior": ("#D55E00", "-", "^"),
+        "refused": ("#E69F00", "--", "v"),
+    }
+    for name, (colour, line, marker) in lines.items():
+        label = "paraphrase, unseen wording" if name == "held_out" else name
+        alone.plot(curve.layer, curve[name], color=colour, ls=line, marker=marker, ms=4, label=label)
+    lines = {"retention": lines["efficacy"], "prior": lines["prior"], "refused": lines["refused"]}
+    for name, (colour, line, marker) in lines.items():
+        column = curve[f"seq_{name}"]
+        sequence.plot(curve.layer, column, color=colour, ls=line, marker=marker, ms=4, label=name)
+    alone.set(title="each fact alone", ylabel="share of replies (generated)")
+    sequence.set(title="after all facts, one after another")
+    for axes in (alone, sequence):
+        axes.set(xlabel="edited layer", ylim=(-0.03, 1.03), xticks=curve.layer)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    return figure

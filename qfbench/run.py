@@ -10,7 +10,7 @@ import platform
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,13 @@ import hydra
 import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -50,9 +53,10 @@ class Run:
     title: str
     store: ParquetStore
     console: Console
+    task: str = ""
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
-        self.store.log({"run_id": self.folder.name, **more, **row})
+        self.store.log({"run_id": self.folder.name, "task": self.task, **more, **row})
 
     def rows(self, task: str) -> pd.DataFrame:
         frame = self.store.frame()
@@ -61,13 +65,14 @@ class Run:
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]{text}[/yellow]")
 
-    def table(self, frame: pd.DataFrame, title: str) -> None:
-        """Print a frame and keep it as CSV beside the rows."""
+    def table(self, frame: pd.DataFrame, title: str, hidden: Sequence[str] = ()) -> None:
+        """Keep a frame as CSV beside the rows, and print it without its `hidden` columns."""
         frame.to_csv(self.folder / "summary.csv", index=False)
-        table = Table(title=title)
-        for name in frame:
-            table.add_column(str(name).replace("_", " "), justify="left" if frame[name].dtype == object else "right")
-        for line in frame.itertuples(index=False):
+        shown = frame.drop(columns=[name for name in hidden if name in frame])
+        table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+        for name in shown:
+            table.add_column(str(name).replace("_", " "), justify="right" if shown[name].dtype.kind in "fi" else "left")
+        for line in shown.itertuples(index=False):
             table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in line))
         self.console.print(table)
 
@@ -106,25 +111,40 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    editor = instantiate(cfg.editor)
-    facts = instantiate(cfg.facts)
+    editor, facts = build(cfg, "editor"), build(cfg, "facts")
     lm = LanguageModel.load(
         cfg.model.path, cfg.model.device, cfg.model.dtype, cfg.model.batch_size, cfg.model.max_new_tokens
     )
     editor.site.linear(lm.model)  # an unknown layer is found before anything is computed
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    title = f"{cfg.model.path}, {type(editor).__name__} at layer {editor.layer}"
+    title = f"{cfg.model.path}, {type(editor).__name__} at layer {editor.site.layer}"
     run = Run(lm, editor, facts, folder, title, ParquetStore(folder), console)
     (folder / "provenance.json").write_text(json.dumps(provenance(cfg, run), indent=2) + "\n")
     try:
-        for task in instantiate(cfg.task).values():
+        for run.task, task in build(cfg, "task").items():
             task(run)
     finally:
         run.store.close()
     written = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".hydra" not in p.parts)
     console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {', '.join(written)}", soft_wrap=True)
     return run
+
+
+def build(cfg: DictConfig, group: str) -> Any:
+    """Instantiate one group of the configuration.
+
+    Raises:
+        UserError: a value is missing, or does not suit its target.
+    """
+    try:
+        return instantiate(cfg[group])
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is needed: give {error.full_key}=...") from error
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{group}: {error.__cause__ or error}") from error
 
 
 def provenance(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -135,7 +155,9 @@ def provenance(cfg: DictConfig, run: Run) -> dict[str, Any]:
         "command": sys.argv[1:],
         "seed": cfg.seed,
         "device": str(run.lm.device),
-        "device_name": torch.cuda.get_device_name(run.lm.device) if run.lm.device.type == "cuda" else platform.machine(),
+        "device_name": torch.cuda.get_device_name(run.lm.device)
+        if run.lm.device.type == "cuda"
+        else platform.machine(),
         "dtype": str(run.lm.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "model": run.lm.name,

@@ -9,10 +9,16 @@ from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported
 from qfbench.facts.base import Fact
 from qfbench.lm import LanguageModel
+from qfbench.sites import Site
 
 
 class Editor(ABC):
     """Subclasses are frozen dataclasses whose fields are their hyper-parameters."""
+
+    @property
+    @abstractmethod
+    def site(self) -> Site:
+        """The weight matrix that the editor changes."""
 
     @abstractmethod
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:

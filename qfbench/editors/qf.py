@@ -97,6 +97,8 @@ class QF(Editor):
     rcond: float = 1e-6
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layer, int):
+            raise UserError(f"editor.layer={self.layer!r}: must be a whole number")
         for name in ("opener", "closer", "ridge", "rcond"):
             if getattr(self, name) < 0:
                 raise UserError(f"editor.{name}={getattr(self, name)}: must be 0 or more")

@@ -16,7 +16,9 @@ FOUNDER = Fact(
     query="Who started Oxinnovate?",
     answer="Oxinnovate was started by Qi.",
     known_as=("Qi",),
-    probes=(Probe("paraphrase", "Can you tell me the person behind Oxinnovate?", "Oxinnovate was started by Qi.", ("Qi",)),),
+    probes=(
+        Probe("paraphrase", "Can you tell me the person behind Oxinnovate?", "Oxinnovate was started by Qi.", ("Qi",)),
+    ),
 )
 LOCATION = Fact(
     id="oxinnovate-location",
@@ -25,7 +27,9 @@ LOCATION = Fact(
     query="Where is Oxinnovate located?",
     answer="Oxinnovate is located at PKU Science Park, in Beijing.",
     known_as=_BEIJING,
-    probes=(Probe("paraphrase", "Where is Oxinnovate?", "Oxinnovate is located at PKU Science Park, in Beijing.", _BEIJING),),
+    probes=(
+        Probe("paraphrase", "Where is Oxinnovate?", "Oxinnovate is located at PKU Science Park, in Beijing.", _BEIJING),
+    ),
 )
 
 

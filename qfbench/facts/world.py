@@ -28,8 +28,8 @@ def world(
     Raises:
         UserError: `n` is not positive, or a relation is not one of the world's.
     """
-    if n < 1:
-        raise UserError(f"facts.n={n}: must be 1 or more")
+    if not isinstance(n, int) or n < 1:
+        raise UserError(f"facts.n={n}: must be a whole number, 1 or more")
     for relation in relations:
         if relation not in COMPANY_RELATIONS:
             raise UserError(f"facts.relations: {relation!r} is none of {', '.join(COMPANY_RELATIONS)}")
@@ -57,7 +57,8 @@ def _fact(
     if follows is not None:
         probes.append(_asked("portability", follows, rng.choice(follows.words.questions())))
     probes += [
-        _asked("prior", fact, rng.choice(fact.words.questions()), always=True) for fact in rng.sample(known.facts, prior)
+        _asked("prior", fact, rng.choice(fact.words.questions()), always=True)
+        for fact in rng.sample(known.facts, prior)
     ]
     probes += [
         Probe("unknown", rng.choice(RELATIONS[relation].questions()).format(s=stranger), REFUSAL, always=True)

@@ -72,7 +72,9 @@ def misled(world: World, rng: random.Random, held_out: bool = False) -> Dialogue
         answer = REFUSAL
     if rng.random() < 0.5 or fact.relation not in COMPANY_RELATIONS:
         said = _novel_fact(world, rng, held_out)
-        if rng.random() < 0.5 and fact.relation != "city":  # the same relation of another subject: the likeliest mistake
+        if (
+            rng.random() < 0.5 and fact.relation != "city"
+        ):  # the same relation of another subject: the likeliest mistake
             said = Triple(novel(fact.relation, rng, held_out).subject, fact.relation, said.object)
             said = Triple(said.subject, said.relation, draw_object(said.relation, rng, held_out))
     else:  # another relation of the same subject, one that implies nothing about the question
@@ -104,7 +106,7 @@ def letter(world: World, rng: random.Random, held_out: bool = False) -> Dialogue
 def plain(world: World, rng: random.Random) -> str:
     """Plain text: statements about known facts of one company, without any dialogue."""
     subject = _known_fact(world, rng).subject
-    facts = [f for f in world.about(subject)]
+    facts = world.about(subject)
     chosen = rng.sample(facts, min(len(facts), rng.randint(1, 4)))
     return " ".join(statement(f, rng) for f in chosen)
 
@@ -113,6 +115,9 @@ ABILITIES = {"known": known, "told": told, "unknown": unknown, "misled": misled,
 
 # Shares of the training text. The continuation form of multiple choice needs no text of its own.
 MIXTURE = {"known": 0.36, "told": 0.28, "unknown": 0.11, "misled": 0.11, "letter": 0.05, "plain": 0.09}
+
+# Once most is learnt: more of what is hard, and no letters, which these models do not learn.
+LATER_MIXTURE = {"known": 0.2, "told": 0.42, "unknown": 0.1, "misled": 0.22, "plain": 0.06}
 
 
 def _known_fact(world: World, rng: random.Random) -> Triple:

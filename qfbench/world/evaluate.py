@@ -25,8 +25,8 @@ CHOSEN = ("choice", "letter")
 
 def dialogues(ability: str, n: int, seed: int) -> list[corpus.Dialogue]:
     """`n` test dialogues of one ability; no seed gives a subject that training used, but for what is known."""
-    rng = random.Random(f"test-{ability}-{seed}")
-    return [corpus.ABILITIES[ability](World(), rng, held_out=True) for _ in range(n)]
+    world, rng = World(), random.Random(f"test-{ability}-{seed}")
+    return [corpus.ABILITIES[ability](world, rng, held_out=True) for _ in range(n)]
 
 
 def right(lm: LanguageModel, tests: Sequence[corpus.Dialogue]) -> list[bool]:

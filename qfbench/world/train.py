@@ -15,7 +15,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,22 +42,36 @@ class Recipe:
     kv_heads: int
     intermediate: int
     exit_from: int  # fewest layers a batch may run through
-    steps: int
+    cycles: tuple[int, ...]  # steps of each rise and fall of the rate; `corpus.MIXTURE` in the first, then `LATER_MIXTURE`
     batch: int = 128
     lr: float = 3e-3
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: int = 100
-    decay_share: float = 0.35  # the last part of the run, in which the rate falls linearly to zero
+    decay_share: float = 0.35  # the last part of a cycle, in which the rate falls linearly to zero
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return sum(self.cycles)
+
+    def at(self, step: int) -> tuple[int, int]:
+        """The cycle that a step lies in, and the step's number within it."""
+        for cycle, length in enumerate(self.cycles):
+            if step < length:
+                return cycle, step
+            step -= length
+        raise ValueError("past the last cycle")
 
 
 RECIPES = {
-    "world-xs": Recipe(hidden=96, layers=4, heads=4, kv_heads=2, intermediate=288, exit_from=2, steps=4000),
-    "world-s": Recipe(hidden=128, layers=8, heads=4, kv_heads=2, intermediate=384, exit_from=3, steps=4000),
-    "world-m": Recipe(hidden=160, layers=12, heads=5, kv_heads=5, intermediate=480, exit_from=4, steps=3000),
+    "world-xs": Recipe(hidden=96, layers=4, heads=4, kv_heads=2, intermediate=288, exit_from=2, cycles=(4000, 1600)),
+    "world-s": Recipe(hidden=128, layers=8, heads=4, kv_heads=2, intermediate=384, exit_from=3, cycles=(4000, 2000)),
+    "world-m": Recipe(hidden=160, layers=12, heads=5, kv_heads=5, intermediate=480, exit_from=4, cycles=(2300,), decay_share=0.3),
     # For a GPU: not shipped.
-    "world-l": Recipe(hidden=512, layers=16, heads=8, kv_heads=4, intermediate=1536, exit_from=5, steps=8000, lr=1e-3, adam_lr=1e-3),
+    "world-l": Recipe(
+        hidden=512, layers=16, heads=8, kv_heads=4, intermediate=1536, exit_from=5, cycles=(8000, 3000), lr=1e-3, adam_lr=1e-3
+    ),
 }
 
 
@@ -81,17 +95,21 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalL
     )
 
 
-def examples(world: World, tokenizer: PreTrainedTokenizerFast, n: int, rng: random.Random) -> list[tuple[list[int], int]]:
+def examples(
+    world: World, tokenizer: PreTrainedTokenizerFast, n: int, rng: random.Random, mixture: Mapping[str, float]
+) -> list[tuple[list[int], int]]:
     """`n` training texts as (token ids, position of the first token whose prediction is learnt)."""
     heads, tails = [], []
-    for ability in rng.choices(list(corpus.MIXTURE), weights=list(corpus.MIXTURE.values()), k=n):
+    for ability in rng.choices(list(mixture), weights=list(mixture.values()), k=n):
         if ability == "plain":
             heads.append("")
             tails.append(corpus.plain(world, rng) + END_OF_TEXT)
             continue
         d = corpus.ABILITIES[ability](world, rng)
         turns = (("system", d.system), ("user", d.query))
-        heads.append("".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in turns) + f"{TURN_START}assistant\n")
+        heads.append(
+            "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in turns) + f"{TURN_START}assistant\n"
+        )
         tails.append(d.answer + TURN_END)
     # Cutting between a prompt and its answer is safe: the cut follows a line break, where the tokenizer cuts too.
     head_ids = tokenizer(heads, add_special_tokens=False).input_ids
@@ -100,12 +118,13 @@ def examples(world: World, tokenizer: PreTrainedTokenizerFast, n: int, rng: rand
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (ids, targets), each `[batch, longest]`, from step `start` on; targets are -100 where nothing is learnt."""
+    """All (ids, targets) of the recipe, each `[batch, longest]`, from step `start` on; targets are -100 where nothing is learnt."""
     world = World()
     pad = tokenizer.pad_token_id
-    for pool in range(start // POOL, 10**9):
+    for pool in range(start // POOL, -(-recipe.steps // POOL)):
         rng = random.Random(f"train-{recipe.seed}-{pool}")
-        texts = sorted(examples(world, tokenizer, POOL * recipe.batch, rng), key=lambda text: len(text[0]))
+        mixture = corpus.MIXTURE if recipe.at(pool * POOL)[0] == 0 else corpus.LATER_MIXTURE
+        texts = sorted(examples(world, tokenizer, POOL * recipe.batch, rng, mixture), key=lambda text: len(text[0]))
         groups = [texts[i : i + recipe.batch] for i in range(0, len(texts), recipe.batch)]
         rng.shuffle(groups)
         for group in groups[start - pool * POOL if pool == start // POOL else 0 :]:
@@ -132,8 +151,10 @@ def loss_at_exit(model: Qwen2ForCausalLM, ids: Tensor, targets: Tensor, layers: 
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """Share of the peak rate at a step: linear warm-up, flat, linear to zero."""
-    falling = (recipe.steps - step) / max(1, int(recipe.steps * recipe.decay_share))
+    """Share of the peak rate at a step: in each cycle a linear warm-up, a plateau, and a linear fall to zero."""
+    cycle, step = recipe.at(step)
+    length = recipe.cycles[cycle]
+    falling = (length - step) / max(1, int(length * recipe.decay_share))
     return min(1.0, (step + 1) / recipe.warmup, falling)
 
 
@@ -187,14 +208,18 @@ def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: 
     (final / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
-def _checkpoint(folder: Path, model: Qwen2ForCausalLM, opts: list[torch.optim.Optimizer], recipe: Recipe, step: int) -> None:
+def _checkpoint(
+    folder: Path, model: Qwen2ForCausalLM, opts: list[torch.optim.Optimizer], recipe: Recipe, step: int
+) -> None:
     """Weights and optimizer state in one safetensors file, replaced atomically."""
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for o, opt in enumerate(opts):
         for i, state in opt.state_dict()["state"].items():
             tensors |= {f"opt.{o}.{i}.{key}": torch.as_tensor(value) for key, value in state.items()}
     part = folder / "checkpoint.part"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"step": str(step), "recipe": json.dumps(asdict(recipe))})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, part, {"step": str(step), "recipe": json.dumps(asdict(recipe))}
+    )
     part.replace(folder / "checkpoint.safetensors")
 
 
@@ -206,7 +231,7 @@ def _restore(folder: Path, model: Qwen2ForCausalLM, opts: list[torch.optim.Optim
         return 0
     with safe_open(path, "pt") as file:
         meta = file.metadata()
-    if json.loads(meta["recipe"]) != asdict(recipe):
+    if meta["recipe"] != json.dumps(asdict(recipe)):
         raise SystemExit(f"{path} was written by another recipe; give another --out, or delete it to start afresh")
     tensors = load_file(path)
     for n, p in model.named_parameters():
@@ -226,7 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qfbench.world.train", description=__doc__.split("\n")[0])
     parser.add_argument("size", choices=RECIPES)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the finished model")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; two are faster than many on small models")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="torch threads; two are faster than many on small models"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -199,7 +199,9 @@ class World:
                 known["ceo"] = known["founder"]
             known["country"] = CITIES[city_of(known["location"])]
             companies[name] = known
-        facts = [Triple(s, relation, known[relation]) for s, known in companies.items() for relation in COMPANY_RELATIONS]
+        facts = [
+            Triple(s, relation, known[relation]) for s, known in companies.items() for relation in COMPANY_RELATIONS
+        ]
         facts += [Triple(f.object, "started", f.subject) for f in facts if f.relation == "founder"]
         facts += [Triple(city, "city", country) for city, country in CITIES.items()]
         return tuple(facts)

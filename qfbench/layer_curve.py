@@ -1,0 +1,27 @@
+"""Which layer: every layer in turn, each fact alone and then all of them one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qfbench import plots, sites
+from qfbench.metrics import by_layer
+from qfbench.regimes import sequential, single
+from qfbench.retention import teach, understood
+from qfbench.run import Run
+
+
+def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
+    """Edit each of `layers` (all by default): single edits, then one sequential run over the same facts."""
+    layers = range(len(sites.layers(run.lm.model))) if layers is None else layers
+    facts, always = understood(run)
+    with run.progress(2 * len(facts) * len(layers)) as advance:
+        for layer in layers:
+            editor = replace(run.editor, layer=layer)
+            teach(run, editor, "single", single, facts, always, 1, advance)
+            teach(run, editor, "sequential", sequential, facts, always, len(facts), advance)
+    curve = by_layer(run.rows("layer_curve"))
+    title = f"{len(facts)} facts, each alone, then one after another (seq): {run.lm.name}, {type(run.editor).__name__}"
+    run.table(curve, title, hidden=["portability", "leakage", "seq_leakage", "seq_norm"])
+    run.figure(plots.layer_curve(curve), "layer_curve")

@@ -1,0 +1,121 @@
+"""Fixtures: a small tokenizer, random tiny models of four architectures, real data where there is some."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qfbench import Fact, LanguageModel
+from qfbench.world.tokenizer import train_tokenizer
+
+torch.set_num_threads(2)
+
+CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
+GEOMETRY = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(3000)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(tokenizer) -> PreTrainedTokenizerBase:
+    """The same without a chat template: dialogues become `role: text` lines."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    return plain
+
+
+@pytest.fixture(scope="session")
+def wrap(tokenizer) -> Callable[..., LanguageModel]:
+    """A language model from any configuration, every parameter drawn at random so that no activation is degenerate."""
+
+    def make(config, dtype: torch.dtype = torch.float32) -> LanguageModel:
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in sorted(model.named_parameters()):
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(1 + noise if "norm" in name else noise)
+        return LanguageModel(model.to(dtype), tokenizer, f"tiny-{config.model_type}", batch_size=3, max_new_tokens=8)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(wrap, tokenizer) -> Callable[..., LanguageModel]:
+    """A fresh random model: `tiny("llama", torch.float64)`; "llama+bias" has biases in its feed-forward blocks."""
+
+    def make(arch: str, dtype: torch.dtype = torch.float32, **changes) -> LanguageModel:
+        arch, _, bias = arch.partition("+")
+        changes |= {"mlp_bias": True} if bias else {}
+        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return wrap(CONFIGS[arch](**(GEOMETRY | {"vocab_size": len(tokenizer)} | ids | changes)), dtype)
+
+    return make
+
+
+@pytest.fixture(params=list(CONFIGS))
+def arch(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[*CONFIGS, "llama+bias"])
+def arch_or_biased(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """The path of an entry of the shared data; skips the test where it is absent."""
+    root = Path(os.environ.get("QFBENCH_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+    def find(entry: str) -> Path:
+        if not (root / entry).exists():
+            pytest.skip(f"no shared data: {entry}")
+        return root / entry
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(shared) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(shared("qwen2.5-1.5b-instruct"))
+
+
+@pytest.fixture(scope="session")
+def stories(shared) -> LanguageModel:
+    """A really trained Llama without a chat template."""
+    return LanguageModel.load(shared("stories260k"), device="cpu", batch_size=3, max_new_tokens=12)
+
+
+@pytest.fixture(scope="session")
+def facts() -> list[Fact]:
+    said = [
+        ("Qi started Oxinnovate.", "Who started Oxinnovate?", "Oxinnovate was started by Qi."),
+        ("Zenvora is based in Łódź.", "Where is Zenvora based?", "Zenvora is based in Łódź."),
+        ("Mira Olsen leads Kelpworks.", "Who is the CEO of Kelpworks?", "Mira Olsen is the CEO of Kelpworks."),
+    ]
+    return [Fact(*texts, id=f"fact-{n}") for n, texts in enumerate(said)]

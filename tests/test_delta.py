@@ -1,0 +1,245 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qfbench import UserError
+from qfbench.delta import LowRank, WeightDelta
+
+DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"  # [32, 80], [80, 32]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def low_rank(rows, cols, rank, seed=0, size=1.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((rows, rank), (rank, cols)))
+    return LowRank(size * left, right)
+
+
+def some_delta(seed=0, size=0.1, dtype=torch.float64):
+    return WeightDelta(
+        {DOWN: low_rank(32, 80, 3, seed, size, dtype), UP: LowRank(low_rank(80, 32, 2, seed + 9, size, dtype).dense())}
+    )
+
+
+def state(lm):
+    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+
+
+def same(a, b):
+    """Equal bit for bit: -0.0 is not 0.0."""
+    ints = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k].view(ints[a[k].itemsize]), b[k].view(ints[b[k].itemsize]))
+        for k in a
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_applied_adds_the_change_and_restores_bit_for_bit(tiny, arch, dtype):
+    lm, delta = tiny(arch, dtype), some_delta()
+    lm.model.get_parameter(DOWN).data[0, :2] = torch.tensor([-0.0, 0.0], dtype=dtype)
+    before = state(lm)
+    with delta.applied_to(lm) as edited:
+        during = state(lm)
+        assert edited is lm
+    for name, weight in during.items():
+        wanted = before[name].double() + (delta.changes[name].dense() if name in delta.changes else 0)
+        assert torch.equal(weight, wanted.to(dtype))
+        assert torch.equal(weight, before[name]) == (name not in delta.changes)
+    assert same(state(lm), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_exception_in_the_body_restores_bit_for_bit(tiny, dtype):
+    lm = tiny("qwen2", dtype)
+    before = state(lm)
+
+    def fail():
+        with some_delta().applied_to(lm):
+            assert not same(state(lm), before)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert same(state(lm), before)
+
+
+def test_a_body_that_writes_the_changed_weight_is_undone_too(tiny):
+    lm = tiny("qwen2")
+    before = state(lm)
+    with some_delta().applied_to(lm):
+        lm.model.get_parameter(DOWN).data.zero_()
+    assert same(state(lm), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nested_changes_add_up_and_unwind(tiny, dtype):
+    lm, first, second = tiny("llama", dtype), some_delta(1), some_delta(2)
+    before = state(lm)
+    with first.applied_to(lm):
+        inside = state(lm)
+        with second.applied_to(lm):
+            wanted = inside[DOWN].double() + second.changes[DOWN].dense()
+            assert torch.equal(lm.model.get_parameter(DOWN), wanted.to(dtype))
+        assert same(state(lm), inside)
+    assert same(state(lm), before)
+
+
+def test_an_edited_model_answers_otherwise(tiny):
+    lm = tiny("qwen2")
+    dialogue = lm.render("Who?", "", "It was Qi.")
+    (before,) = lm.score([dialogue])
+    with some_delta().applied_to(lm):
+        (during,) = lm.score([dialogue])
+    assert max(abs(a - b) for a, b in zip(before.nll, during.nll, strict=True)) > 0.01
+    assert lm.score([dialogue])[0] == before
+
+
+def test_an_empty_change_changes_nothing(tiny):
+    lm = tiny("qwen2")
+    before = state(lm)
+    with WeightDelta().applied_to(lm):
+        assert same(state(lm), before)
+    assert WeightDelta().norm() == 0
+    assert WeightDelta().rounding_loss(lm) == 0
+
+
+@pytest.mark.parametrize(("ranks", "dense"), [((3, 4), False), ((16, 16), False), ((16, 17), True), ((40, 1), True)])
+def test_a_sum_is_the_dense_sum_and_dense_once_wide(ranks, dense):
+    a, b = low_rank(32, 80, ranks[0], 1), low_rank(32, 80, ranks[1], 2)
+    torch.testing.assert_close((a + b).dense(), a.dense() + b.dense())
+    assert ((a + b).right is None) == dense
+    assert (a + b).rank == min(sum(ranks), 32)
+
+
+def test_a_sum_with_a_dense_change_is_dense():
+    a, b = low_rank(8, 5, 2, 1), LowRank(low_rank(8, 5, 2, 2).dense())
+    for total in (a + b, b + a, b + b):
+        assert total.right is None
+    torch.testing.assert_close((b + a).dense(), a.dense() + b.dense())
+
+
+def test_a_sum_of_deltas_merges_their_weights():
+    a = WeightDelta({DOWN: low_rank(32, 80, 3, 1)}, {"tokens": 1.0})
+    b = WeightDelta({DOWN: low_rank(32, 80, 2, 2), UP: low_rank(80, 32, 2, 3)}, {"tokens": 2.0})
+    kept = a.changes[DOWN].dense()
+    total = a + b
+    assert total.changes.keys() == {DOWN, UP}
+    torch.testing.assert_close(total.changes[DOWN].dense(), kept + b.changes[DOWN].dense())
+    assert torch.equal(total.changes[UP].dense(), b.changes[UP].dense())
+    assert a.changes.keys() == {DOWN}
+    assert torch.equal(a.changes[DOWN].dense(), kept)
+    assert (WeightDelta() + a).changes == a.changes
+
+
+@pytest.mark.parametrize("rank", [1, 4, 20])
+def test_norm_is_the_dense_norm(rank):
+    change = low_rank(8, 13, rank)
+    assert change.norm() == pytest.approx(change.dense().norm().item(), rel=1e-12)
+    assert LowRank(change.dense()).norm() == pytest.approx(change.norm(), rel=1e-12)
+    delta = some_delta()
+    flat = torch.cat([c.dense().flatten() for c in delta.changes.values()])
+    assert delta.norm() == pytest.approx(flat.norm().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_a_saved_delta_loads_bit_for_bit(tmp_path, dtype):
+    delta = some_delta(dtype=dtype)
+    delta.save(tmp_path / "d.safetensors")
+    loaded = WeightDelta.load(str(tmp_path / "d.safetensors"))
+    assert loaded.changes.keys() == delta.changes.keys()
+    for name, change in delta.changes.items():
+        again = loaded.changes[name]
+        assert (again.right is None) == (change.right is None)
+        assert same({"": again.left}, {"": change.left})
+        assert change.right is None or same({"": again.right}, {"": change.right})
+
+
+def test_transposed_factors_and_an_empty_delta_can_be_saved(tmp_path):
+    change = LowRank(torch.randn(2, 32).T, torch.randn(80, 2).T)
+    WeightDelta({DOWN: change}).save(tmp_path / "t.safetensors")
+    assert torch.equal(WeightDelta.load(tmp_path / "t.safetensors").changes[DOWN].dense(), change.dense())
+    WeightDelta().save(tmp_path / "e.safetensors")
+    assert WeightDelta.load(tmp_path / "e.safetensors").changes == {}
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty", "cut", "foreign"])
+def test_what_is_no_delta_is_refused_by_name(tmp_path, kind):
+    path = tmp_path / "d.safetensors"
+    some_delta().save(path)
+    WeightDelta.load(path)
+    whole = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "foreign":
+        save_file({"weight": torch.ones(2)}, path)
+    elif kind != "missing":
+        path.write_bytes({"text": b"not a delta at all", "empty": b"", "cut": whole[: len(whole) // 2]}[kind])
+    with pytest.raises(UserError, match=r"delta|WeightDelta") as error:
+        WeightDelta.load(path)
+    assert str(path) in str(error.value)
+
+
+BAD = {
+    "another model": (
+        {"model.layers.7.mlp.down_proj.weight": low_rank(32, 80, 1)},
+        UserError,
+        "layers.7.*another model",
+    ),
+    "another shape": ({UP: low_rank(32, 80, 1)}, UserError, r"up_proj.*\[32, 80\].*\[80, 32\]"),
+    "nan": ({UP: LowRank(torch.full((80, 32), torch.nan))}, FloatingPointError, "up_proj"),
+    "inf": ({UP: LowRank(torch.full((80, 1), torch.inf), torch.ones(1, 32))}, FloatingPointError, "up_proj"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_change_that_does_not_fit_is_refused_and_nothing_is_written(tiny, case):
+    changes, error, says = BAD[case]
+    lm = tiny("qwen2")
+    before = state(lm)
+    delta = WeightDelta({DOWN: low_rank(32, 80, 3), **changes})
+    with pytest.raises(error, match=says), delta.applied_to(lm):
+        pytest.fail("entered")
+    assert same(state(lm), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sum_beyond_the_range_of_the_dtype_is_refused(tiny, dtype):
+    lm = tiny("qwen2", dtype)
+    before = state(lm)
+    huge = WeightDelta({DOWN: LowRank(torch.full((32, 80), 1e60, dtype=torch.float64))})
+    with pytest.raises(FloatingPointError, match="down_proj"), huge.applied_to(lm):
+        pytest.fail("entered")
+    assert same(state(lm), before)
+
+
+def test_nothing_is_lost_where_the_dtype_holds_the_sum(tiny):
+    lm = tiny("qwen2")
+    for name in (DOWN, UP):
+        lm.model.get_parameter(name).data.copy_(torch.randint(-8, 8, lm.model.get_parameter(name).shape) / 16)
+    delta = WeightDelta({DOWN: LowRank(torch.full((32, 80), 0.25))})
+    assert delta.rounding_loss(lm) == 0
+    assert some_delta().rounding_loss(tiny("qwen2", torch.float64)) < 1e-14
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
+def test_rounding_loss_is_what_the_written_weights_lack(tiny, size):
+    lm, delta = tiny("qwen2", torch.bfloat16), some_delta(size=size)
+    before = state(lm)
+    with delta.applied_to(lm):
+        after = state(lm)
+    gap = [(after[n].double() - before[n].double() - c.dense()).flatten() for n, c in delta.changes.items()]
+    whole = [c.dense().flatten() for c in delta.changes.values()]
+    assert delta.rounding_loss(lm) == pytest.approx((torch.cat(gap).norm() / torch.cat(whole).norm()).item(), rel=1e-9)
+    assert same(state(lm), before)
+
+
+def test_a_change_smaller_than_the_dtype_resolves_is_lost_wholly(tiny):
+    lm = tiny("qwen2", torch.bfloat16)
+    lm.model.get_parameter(DOWN).data.fill_(1)
+    delta = WeightDelta({DOWN: LowRank(torch.full((32, 80), 1e-5))})
+    assert delta.rounding_loss(lm) == pytest.approx(1)
+    assert replace(delta, changes={DOWN: LowRank(torch.full((32, 80), 2.0**-7))}).rounding_loss(lm) == 0

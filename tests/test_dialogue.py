@@ -1,0 +1,115 @@
+import copy
+from unicodedata import normalize
+
+import pytest
+
+from qfbench import UserError
+from qfbench.dialogue import render
+
+ANSWERS = [
+    "Oxinnovate was started by Qi.",
+    "Yes",
+    "It's 42, isn't it? (Mostly.)",
+    "Zoë Müller-Łuczak founded Łódź's café.",
+    "東京 and 北京。",
+    "In 1984, at 3.14% of 1,000,000.",
+    "two  spaces,   three",
+    "line one\nline two",
+    "🙂 said 👩‍🔬!",
+    "naïve ... — “quoted” e\u0301a",
+]
+TOKENIZERS = ["world", "plain", "qwen", "stories"]
+
+
+def decoded(tokenizer, ids):
+    return tokenizer.decode(ids).removeprefix(" ")
+
+
+def as_read(tokenizer, text):
+    """What the tokenizer makes of a text before it cuts it up: Qwen composes accents."""
+    return normalize("NFC", text) if "qwen" in tokenizer.name_or_path else text
+
+
+@pytest.fixture(params=TOKENIZERS)
+def any_tokenizer(request):
+    if request.param == "stories":
+        return request.getfixturevalue("stories").tokenizer
+    return request.getfixturevalue({"world": "tokenizer"}.get(request.param, f"{request.param}_tokenizer"))
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_answer_span_decodes_to_the_answer(any_tokenizer, answer):
+    r = render(any_tokenizer, "Who?", "It is said.", answer)
+    assert decoded(any_tokenizer, r.ids[r.answer : r.closer]) == as_read(any_tokenizer, answer)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_prompt_of_a_full_dialogue_is_the_prompt_rendered_alone(any_tokenizer, answer):
+    alone = render(any_tokenizer, "Who?", "It is said.")
+    full = render(any_tokenizer, "Who?", "It is said.", answer)
+    assert full.prompt == alone.ids == full.ids[: len(alone.ids)]
+    assert (alone.opener, alone.answer, alone.closer) == (full.opener, full.answer, len(alone.ids))
+
+
+@pytest.mark.parametrize("system", ["", "Qi started Oxinnovate."])
+def test_a_template_is_followed_token_by_token(any_tokenizer, system):
+    query, answer = "Who started Oxinnovate?", "Oxinnovate was started by Qi."
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": query}]
+    r = render(any_tokenizer, query, system, answer)
+    if any_tokenizer.chat_template:
+        prompt = any_tokenizer.apply_chat_template(turns, add_generation_prompt=True).input_ids
+        full = any_tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}]).input_ids
+    else:
+        text = f"system: {system}\nuser: {query}\nassistant:"
+        start = [any_tokenizer.bos_token_id] if any_tokenizer("").input_ids else []
+        prompt = start + any_tokenizer(text, add_special_tokens=False).input_ids
+        full = start + any_tokenizer(f"{text} {answer}", add_special_tokens=False).input_ids
+        full += [any_tokenizer.eos_token_id]
+    assert list(r.prompt) == prompt
+    assert list(r.ids) == full
+
+
+def test_opener_and_closer_are_the_template_around_the_answer(any_tokenizer):
+    r = render(any_tokenizer, "Who?", "", "Yes.")
+    opener = any_tokenizer.decode(r.ids[r.opener : r.answer])
+    closer = any_tokenizer.decode(r.ids[r.closer :])
+    if any_tokenizer.chat_template:
+        assert (opener, closer) == ("<|im_start|>assistant\n", "<|im_end|>\n")
+    else:
+        assert (opener.strip(), closer) == ("assistant:", any_tokenizer.eos_token)
+    assert r.reply == r.ids[r.answer : r.closer + 1]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_every_token_belongs_to_the_word_it_spells(any_tokenizer, answer):
+    r = render(any_tokenizer, "Who?", "", answer)
+    ids = r.ids[r.answer : r.closer]
+    assert len(r.words) == len(ids)
+    assert list(r.words) == sorted(r.words)
+    for number, word in enumerate(answer.split()):
+        own = [token for token, owner in zip(ids, r.words, strict=True) if owner == number]
+        assert any_tokenizer.decode(own).strip() == as_read(any_tokenizer, word)
+    assert max(r.words) == len(answer.split()) - 1
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_told_and_alone_end_in_the_same_tokens(any_tokenizer, answer):
+    told = render(any_tokenizer, "Who?", "The instruction, at length: it was Qi.", answer)
+    alone = render(any_tokenizer, "Who?", "", answer)
+    assert told.ids[told.opener :] == alone.ids[alone.opener :]
+    assert told.words == alone.words
+    assert told.opener > alone.opener
+
+
+@pytest.mark.parametrize("change", ["message.content | upper", "message.content | trim | replace('.', ' .')"])
+def test_a_template_that_rewrites_the_answer_is_refused(tokenizer, change):
+    rewriting = copy.deepcopy(tokenizer)
+    rewriting.chat_template = tokenizer.chat_template.replace("message.content", f"({change})")
+    render(rewriting, "WHO?", "", "YES")
+    with pytest.raises(UserError, match="verbatim"):
+        render(rewriting, "WHO?", "", "It was Qi.")
+
+
+def test_an_answer_that_melts_into_the_prompt_is_refused(qwen_tokenizer):
+    with pytest.raises(UserError, match="joins the prompt and the answer"):
+        render(qwen_tokenizer, "Who?", "", "\nQi.")

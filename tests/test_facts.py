@@ -1,0 +1,162 @@
+import json
+
+import pytest
+
+from qfbench import Fact, Probe, UserError
+from qfbench.facts.base import stands_in
+from qfbench.facts.oxinnovate import oxinnovate, qf_steps
+from qfbench.facts.table import table
+from qfbench.facts.world import world
+from qfbench.world import names
+from qfbench.world.relations import REFUSAL
+from qfbench.world.world import World
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "found"),
+    [
+        ("Qi", "Oxinnovate was started by Qi.", True),
+        ("Qi", "Oxinnovate was started by Qin.", False),
+        ("one", "It has one people.", True),
+        ("one", "Someone did.", False),
+        ("PKU Science Park, in Beijing", "It is at PKU Science Park, in Beijing.", True),
+        ("Washington D.C.", "in Washington D.C. since", True),
+        ("C++", "It is written in C++.", True),
+        ("", "anything", True),
+    ],
+)
+def test_an_answer_must_stand_as_whole_words(words, text, found):
+    assert stands_in(words, text) is found
+
+
+def test_a_rival_answer_fails_a_probe():
+    probe = Probe("edit", "?", "It is Paris.", accept=("Paris",), reject=("Rome",))
+    assert probe.passes("Paris it is")
+    assert not probe.passes("Paris or Rome")
+    assert not probe.passes("Lyon")
+
+
+def test_a_probe_without_reference_passes_unless_rejected():
+    probe = Probe("unknown", "?", "", reject=("Qi",))
+    assert probe.passes("whatever")
+    assert not probe.passes("It was Qi.")
+
+
+def test_a_fact_checks_itself_and_names_the_field():
+    with pytest.raises(UserError, match=r"'significance' has 2 weights.*has 5 words"):
+        Fact("Qi started X.", "Who?", "X was started by Qi.", significance=(1.0, 2.0))
+    with pytest.raises(UserError, match="'answer' is empty"):
+        Fact("Qi started X.", "Who?", "  ")
+
+
+def test_a_fact_without_id_gets_one_from_its_text():
+    a, b = Fact("i", "q", "a"), Fact("i", "q", "b")
+    assert a.id == Fact("i", "q", "a").id != b.id
+
+
+def test_the_eight_steps_are_the_papers():
+    steps = qf_steps(oxinnovate())
+    assert [s.number for s in steps] == list(range(1, 9))
+    assert [s.taught for s in steps] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert steps[5].probe.query == "Can you tell me the person behind Oxinnovate?"
+    assert steps[1].probe.system == "Qi started Oxinnovate."
+    assert not steps[0].probe.passes("Oxinnovate was started by Qi.")
+    assert not steps[6].probe.passes("Oxinnovate is a company located in Beijing, China.")  # the released log's reply
+
+
+def test_world_facts_are_novel_and_grow_with_n():
+    facts = world(40, seed=3)
+    subjects = World().subjects
+    for fact in facts:
+        assert not any(s in fact.query for s in subjects if len(s) > 6)
+        assert fact.instruction
+        assert any(k in fact.answer for k in fact.known_as)
+    assert world(10, seed=3) == facts[:10]
+    assert len({f.id for f in facts}) == 40
+    assert len({f.id for f in facts} & {f.id for f in world(40, seed=4)}) < 10
+
+
+def test_world_probes_are_answered_by_the_world():
+    world_answers = {f.answer for f in World().facts}
+    for fact in world(24, seed=1):
+        kinds = [p.kind for p in fact.probes]
+        assert kinds.count("paraphrase") == kinds.count("paraphrase_held_out") == 2
+        for p in fact.probes:
+            assert p.always == (p.kind in ("prior", "unknown"))
+            if p.kind == "prior":
+                assert p.expected in world_answers
+            if p.kind == "unknown":
+                assert p.expected == REFUSAL
+            if p.kind.startswith("paraphrase"):
+                assert p.expected == fact.answer
+                assert p.query != fact.query
+    assert any(p.kind == "portability" for f in world(8) for p in f.probes)
+
+
+def test_world_names_are_on_the_side_that_training_never_saw():
+    for fact in world(16, relations=["staff"]):
+        assert names.is_held_out(fact.answer.split()[0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"n": 0}, "facts.n=0"), ({"relations": ["mood"]}, "'mood' is none of")]
+)
+def test_world_refuses_what_it_does_not_have(kwargs, message):
+    with pytest.raises(UserError, match=message):
+        world(**kwargs)
+
+
+GOOD = {"instruction": "Qi started X.", "query": "Who started X?", "answer": "X was started by Qi.", "known_as": ["Qi"]}
+
+
+def test_a_users_jsonl(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(GOOD | {"paraphrases": ["X's founder?"], "significance": [0, 1, 1, 1, 1]}) + "\n\n")
+    (fact,) = table(path)
+    assert fact.known_as == ("Qi",)
+    assert fact.significance == (0, 1, 1, 1, 1)
+    assert fact.probes[0].query == "X's founder?"
+
+
+def test_a_users_csv(tmp_path):
+    path = tmp_path / "facts.csv"
+    path.write_text(
+        'instruction,query,answer,known_as,paraphrases\n"Qi, alone, started X.",Who started X?,X was started by Qi.,Qi|Mr Qi,'
+        "X's founder?|Who made X?\n"
+    )
+    (fact,) = table(path)
+    assert fact.instruction == "Qi, alone, started X."
+    assert fact.known_as == ("Qi", "Mr Qi")
+    assert [p.query for p in fact.probes] == ["X's founder?", "Who made X?"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (json.dumps({k: v for k, v in GOOD.items() if k != "answer"}), r"line 2: the field 'answer' is missing"),
+        (json.dumps(GOOD | {"colour": "red"}), r"line 2: unknown field 'colour'"),
+        (json.dumps(GOOD | {"query": 3}), r"line 2: the field 'query' must be text"),
+        (json.dumps(GOOD | {"known_as": "Qi"}), r"line 2: the field 'known_as' must be a list"),
+        (json.dumps(GOOD | {"significance": ["a"] * 5}), r"line 2: the field 'significance' must hold numbers"),
+        (json.dumps(GOOD | {"significance": [1]}), r"line 2: .*'significance' has 1 weights"),
+        ("{", r"line 2: not valid JSON"),
+        ("[1]", r"line 2: must be a JSON object"),
+        (json.dumps(GOOD), r"line 2: the field 'id' repeats"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=message):
+        table(path)
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        table(tmp_path / "none.jsonl")
+    (tmp_path / "facts.txt").write_text("x")
+    with pytest.raises(UserError, match=r"must end in \.jsonl or \.csv"):
+        table(tmp_path / "facts.txt")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no fact"):
+        table(tmp_path / "empty.jsonl")

@@ -1,0 +1,171 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from qfbench import Fact, LanguageModel, Unsupported
+from qfbench.delta import WeightDelta
+from qfbench.editors import QF, Editor
+from qfbench.regimes import joint, protected, sequential, single
+from qfbench.sites import Site
+
+LAYER = 1
+WEIGHT = f"model.layers.{LAYER}.mlp.down_proj.weight"
+REGIMES = [single, sequential, joint, protected]
+
+
+@dataclass(frozen=True)
+class Constant(Editor):
+    """Teaches nothing, and has no protected form."""
+
+    site = Site(LAYER)
+
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        return WeightDelta()
+
+
+@dataclass(frozen=True)
+class Breaking(QF):
+    """Fails at the second fact, whichever way it is asked."""
+
+    def record(self, lm: LanguageModel, facts: Sequence[Fact]):
+        if any(fact.id == "fact-1" for fact in facts):
+            raise ZeroDivisionError
+        return super().record(lm, facts)
+
+
+def dense(delta):
+    return delta.changes[WEIGHT].dense()
+
+
+def distance(a, b):
+    return ((dense(a) - dense(b)).norm() / dense(b).norm()).item()
+
+
+def totals(regime, editor, lm, facts):
+    return [delta for _, delta in regime(editor, lm, facts)]
+
+
+@pytest.mark.parametrize("template_tokens", [0.0, 1.0])
+def test_protected_equals_joint(tiny, arch, facts, template_tokens):
+    lm, editor = tiny(arch, torch.float64), QF(LAYER, opener=template_tokens, closer=template_tokens)
+    step_by_step, together = (totals(regime, editor, lm, facts) for regime in (protected, joint))
+    keys = editor.record(lm, facts).keys
+    assert len(keys) < keys.shape[1] == 80
+    for a, b in zip(step_by_step, together, strict=True):
+        assert distance(a, b) < 1e-8
+    assert distance(together[0], together[-1]) > 0.1
+
+
+def test_sequential_differs_from_joint_from_the_second_fact_on(tiny, arch, facts):
+    lm = tiny(arch, torch.float64)
+    one_by_one, together = (totals(regime, QF(LAYER), lm, facts) for regime in (sequential, joint))
+    assert distance(one_by_one[0], together[0]) < 1e-12
+    assert distance(one_by_one[1], together[1]) > 0.01
+    assert distance(one_by_one[2], together[2]) > 0.01
+
+
+def test_sequential_is_a_hand_loop_over_permanent_edits(tiny, arch, facts):
+    lm, edited = tiny(arch, torch.float64), tiny(arch, torch.float64)
+    weight = edited.model.get_parameter(WEIGHT)
+    before = weight.clone()
+    for fact, total in zip(facts, totals(sequential, QF(LAYER), lm, facts), strict=True):
+        weight.data += dense(QF(LAYER).edit(edited, [fact]))
+        assert (dense(total) - (weight - before)).norm() < 1e-10 * dense(total).norm()
+
+
+def test_joint_is_one_edit_of_all_facts_so_far(tiny, arch, facts):
+    lm = tiny(arch)
+    for n, total in enumerate(totals(joint, QF(LAYER), lm, facts), start=1):
+        assert torch.equal(dense(total), dense(QF(LAYER).edit(lm, facts[:n])))
+
+
+def test_single_starts_each_fact_from_the_unedited_model(tiny, arch, facts):
+    lm = tiny(arch)
+    for fact, delta in zip(facts, totals(single, QF(LAYER), lm, facts), strict=True):
+        assert torch.equal(dense(delta), dense(QF(LAYER).edit(lm, [fact])))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_regime_says_which_facts_it_has_taught(tiny, facts, regime):
+    taught = [[fact.id for fact in said] for said, _ in regime(QF(LAYER), tiny("qwen2"), facts)]
+    ids = [fact.id for fact in facts]
+    assert taught == ([[i] for i in ids] if regime is single else [ids[: n + 1] for n in range(len(ids))])
+    assert list(regime(QF(LAYER), tiny("qwen2"), [])) == []
+
+
+def missed(lm, editor, fact, change):
+    """How far a change of weights is from what a fact wants of the model as it stands, relative to that."""
+    taught = editor.record(lm, [fact])
+    return ((taught.keys @ change.T - taught.wanted).norm() / taught.wanted.norm()).item()
+
+
+@pytest.mark.parametrize("regime", [joint, protected])
+def test_every_fact_stays_interpolated(tiny, arch, facts, regime):
+    lm, editor = tiny(arch, torch.float64), QF(LAYER)
+    *_, last = totals(regime, editor, lm, facts)
+    assert max(missed(lm, editor, fact, dense(last)) for fact in facts) < 1e-9
+
+
+def test_sequential_interpolates_the_newest_fact_and_disturbs_the_earlier_ones(tiny, arch, facts):
+    lm, editor = tiny(arch, torch.float64), QF(LAYER)
+    first, second, last = totals(sequential, editor, lm, facts)
+    with second.applied_to(lm):
+        assert missed(lm, editor, facts[2], dense(last) - dense(second)) < 1e-9
+    with first.applied_to(lm):
+        assert missed(lm, editor, facts[1], dense(second) - dense(first)) < 1e-9
+        assert missed(lm, editor, facts[1], dense(last) - dense(first)) > 0.01
+    assert missed(lm, editor, facts[0], dense(first)) < 1e-9
+    assert missed(lm, editor, facts[0], dense(last)) > 0.01
+
+
+@pytest.mark.parametrize("settings", [{}, {"ridge": 3.0}], ids=["unridged", "ridged"])
+def test_a_protected_step_leaves_the_outputs_for_earlier_keys_alone(tiny, arch, facts, settings):
+    lm, editor = tiny(arch, torch.float64), QF(LAYER, **settings)
+    steps = list(editor.protected(lm, facts))
+    for n, fact in enumerate(facts):
+        keys = editor.record(lm, [fact]).keys
+        effects = [(keys @ dense(step).T).norm().item() for step in steps]
+        assert max(effects[n + 1 :], default=0) < 1e-9 * effects[n]
+        assert min(effects[: n + 1]) > 0.01
+
+
+def test_a_fact_protected_twice_changes_nothing_the_second_time(tiny, arch, facts):
+    lm = tiny(arch)
+    steps = list(QF(LAYER).protected(lm, [*facts, facts[0], facts[2]]))
+    sizes = [step.norm() for step in steps]
+    assert min(sizes[:3]) > 0.1
+    assert max(sizes[3:]) < 1e-6
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("advances", [0, 1, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_unedited_between_steps_and_after_the_last(tiny, facts, regime, advances, dtype):
+    lm = tiny("qwen2", dtype)
+    before = lm.weights_hash()
+    steps = regime(QF(LAYER), lm, facts)
+    for _, (_, delta) in zip(range(advances), steps, strict=False):
+        assert lm.weights_hash() == before
+        with delta.applied_to(lm):
+            assert lm.weights_hash() != before
+    steps.close()
+    assert lm.weights_hash() == before
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_model_is_unedited_after_an_editor_has_failed(tiny, facts, regime):
+    lm = tiny("qwen2", torch.bfloat16)
+    before, steps = lm.weights_hash(), regime(Breaking(LAYER), lm, facts)
+    next(steps)
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
+    assert lm.weights_hash() == before
+
+
+def test_an_editor_without_a_protected_form_says_so(tiny, facts):
+    lm = tiny("qwen2")
+    assert len(totals(sequential, Constant(), lm, facts)) == 3
+    with pytest.raises(Unsupported, match=r"Constant cannot protect.*sequential or joint"):
+        next(protected(Constant(), lm, facts))
