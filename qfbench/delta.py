@@ -75,7 +75,7 @@ class WeightDelta:
 
         Raises:
             UserError: the change is for another model (a weight is missing, or has another shape).
-            FloatingPointError: the change holds a NaN or an infinity; nothing is written.
+            FloatingPointError: a changed weight would be NaN or infinite; nothing is written.
         """
         parameters = dict(lm.model.named_parameters())
         written = {name: _sum(parameters, name, change) for name, change in self.changes.items()}
@@ -136,6 +136,9 @@ def _sum(parameters: Mapping[str, Tensor], name: str, change: LowRank) -> Tensor
             f"the delta changes {name} as {list(dense.shape)}, but this model has it as {list(weight.shape)}; "
             "it was made for another model"
         )
-    if not torch.isfinite(dense).all():
-        raise FloatingPointError(f"the change of {name} holds a NaN or an infinity; nothing was written")
-    return (weight.double() + dense.double()).to(weight.dtype)
+    written = (weight.double() + dense.double()).to(weight.dtype)
+    if not torch.isfinite(written).all():
+        raise FloatingPointError(
+            f"{name} plus its change holds a NaN or an infinity in {weight.dtype}; nothing was written"
+        )
+    return written

@@ -63,14 +63,22 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, query: str, system: str, answer:
         start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
         return f"{start}system: {system}\nuser: {query}\n", "assistant:", " ", tokenizer.eos_token or "\n"
     asked = [{"role": "system", "content": system}, {"role": "user", "content": query}]
-    before = tokenizer.apply_chat_template(asked, tokenize=False)
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    full = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
-    if not (prompt.startswith(before) and full.startswith(prompt + answer)):
-        raise UserError(
-            f"the chat template changes the prompt or the answer {answer!r}; a taught answer must appear in it verbatim"
+
+    def rendered(messages: list[dict[str, str]], prompt: bool = False) -> str:
+        # `enable_thinking` is Qwen3's switch; templates without it ignore it.
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
         )
-    return before, prompt[len(before) :], "", full[len(prompt) + len(answer) :]
+
+    before, prompt = rendered(asked), rendered(asked, prompt=True)
+    if not answer:
+        return before, prompt[len(before) :], "", ""
+    full = rendered([*asked, {"role": "assistant", "content": answer}])
+    place = full.rfind(answer)
+    if place < 0 or not prompt.startswith(before):
+        raise UserError(f"the chat template does not show the answer {answer!r} verbatim after its prompt")
+    lead = full[len(prompt) : place] if full.startswith(prompt) else ""
+    return before, prompt[len(before) :], "" if lead.strip() else lead, full[place + len(answer) :]
 
 
 def _first_token(offsets: list[tuple[int, int]], place: int) -> int:

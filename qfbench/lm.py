@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ class LanguageModel:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype).to(device).eval()
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
             raise UserError(f"cannot load the model {source!r} on {device}: {_first_line(error)}") from error
         return cls(model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens)
 
@@ -126,10 +127,10 @@ class LanguageModel:
 
     def _stops(self) -> set[int]:
         """Tokens that end a turn: the end of text, and what the chat template puts after an answer."""
-        generation = self.model.generation_config.eos_token_id
-        declared = generation if isinstance(generation, list) else [generation]
+        declared = self.model.generation_config.eos_token_id
+        stops = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
         answered = self.render("?", answer="Yes")
-        return {i for i in (*declared, self.tokenizer.eos_token_id, answered.ids[answered.closer]) if i is not None}
+        return {i for i in (*stops, *answered.ids[answered.closer : answered.closer + 1]) if i is not None}
 
     def _decode(self, prompts: list[tuple[int, ...]]) -> list[Reply]:
         stops = self._stops()

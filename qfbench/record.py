@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,27 +21,29 @@ class Activations:
 
     key: Float[Tensor, "tokens f"]  # u: the input of down_proj
     residual: Float[Tensor, "tokens d"]  # v: the residual stream entering the feed-forward block
+    output: Float[Tensor, "tokens d"]  # of the decoder layer: W u + v where QF applies
 
 
 class _Done(Exception):
-    """Raised by the last hook: the layers above the site need not run."""
+    """Raised by the hook behind the site's layer: the layers above need not run."""
 
 
 @contextmanager
 def reading(lm: LanguageModel, site: Site) -> Iterator[dict[str, list[Tensor]]]:
-    """While open, every forward pass appends its `key` and `residual`, each `[batch, tokens, .]`, at the site."""
-    seen: dict[str, list[Tensor]] = {"key": [], "residual": []}
+    """While open, every forward pass appends its `key`, `residual` and `output`, each `[batch, tokens, .]`, at the site."""
+    seen: dict[str, list[Tensor]] = {"key": [], "residual": [], "output": []}
 
-    def keep(name: str):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name].append(args[0].detach().clone())
+    def keep_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen[name].append(args[0].detach().clone())
 
-        return hook
+    def keep_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        seen["output"].append((output[0] if isinstance(output, tuple) else output).detach().clone())
 
-    norm, linear = site.residual_norm(lm.model), site.linear(lm.model)
+    norm, linear, block = site.residual_norm(lm.model), site.linear(lm.model), site.block(lm.model)
     handles = [
-        norm.register_forward_pre_hook(keep("residual")),
-        linear.register_forward_pre_hook(keep("key")),
+        norm.register_forward_pre_hook(keep_input("residual")),
+        linear.register_forward_pre_hook(keep_input("key")),
+        block.register_forward_hook(keep_output),
     ]
     try:
         yield seen
@@ -52,23 +54,23 @@ def reading(lm: LanguageModel, site: Site) -> Iterator[dict[str, list[Tensor]]]:
 
 @torch.no_grad()
 def record(lm: LanguageModel, dialogues: Sequence[Rendering], site: Site) -> list[Activations]:
-    """Keys and residuals of whole dialogues, by one teacher-forced pass that stops at the site.
+    """Activations of whole dialogues, by one teacher-forced pass that stops behind the site's layer.
 
     Each dialogue runs alone, unpadded: an activation must not depend on the company it was recorded in.
     """
 
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def stop(*_: object) -> None:
         raise _Done
 
     out = []
     for dialogue in dialogues:
         with reading(lm, site) as seen:
-            handle = site.linear(lm.model).register_forward_pre_hook(stop)
+            handle = site.block(lm.model).register_forward_hook(stop)
             try:
                 lm.model(input_ids=torch.tensor([dialogue.ids], device=lm.device), use_cache=False)
             except _Done:
                 pass
             finally:
                 handle.remove()
-        out.append(Activations(seen["key"][0][0], seen["residual"][0][0]))
+        out.append(Activations(**{name: tensors[0][0] for name, tensors in seen.items()}))
     return out

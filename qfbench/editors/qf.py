@@ -12,7 +12,7 @@ from torch import Tensor
 from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors.base import Editor
 from qfbench.editors.teach import lesson
-from qfbench.errors import UserError
+from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
 from qfbench.lm import LanguageModel
 from qfbench.record import record
@@ -112,9 +112,11 @@ class QF(Editor):
         return self._delta(lm, solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond), taught)
 
     def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
-        """Each fact is solved with its keys projected off all earlier keys. The sum equals `edit` of all at once.
+        """Each fact is solved with its keys projected off all earlier keys; what those give stays exactly as it is.
 
-        Keys at a layer do not depend on that layer's `down_proj`, so the basis of earlier keys only grows.
+        Keys at a layer do not depend on that layer's `down_proj`, so the basis of earlier keys only grows. Without a
+        ridge, and as long as all keys are independent, the sum equals `edit` of all facts at once. Where they are not,
+        earlier facts win here, whereas `edit` finds a least-squares compromise.
         """
         basis, total = None, None
         for fact in facts:
@@ -132,19 +134,30 @@ class QF(Editor):
 
     def record(self, lm: LanguageModel, facts: Sequence[Fact]) -> Taught:
         """Run both passes for every fact and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64."""
-        weight = self.site.linear(lm.model).weight.detach()
-        home = torch.device("cpu") if weight.device.type == "mps" else weight.device  # mps has no float64
-        weight = weight.to(home, torch.float64)
+        linear = self.site.linear(lm.model)
+        home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
+        weight = linear.weight.detach().to(home, torch.float64)
+        bias = 0 if linear.bias is None else linear.bias.detach().to(home, torch.float64)
         keys, wanted, weights = [], [], []
         for fact in facts:
             pair = lesson(lm, fact, self.opener, self.closer)
             told, alone = record(lm, [pair.told, pair.alone], self.site)
-            u, v = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual))
+            u, v, y = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual, told.output))
+            self._check_block(u @ weight.T + bias + v, y, lm)
             u_alone, v_alone = (t[list(pair.alone_at)].to(home, torch.float64) for t in (alone.key, alone.residual))
             keys.append(u_alone)
             wanted.append((u - u_alone) @ weight.T + (v - v_alone))
             weights.append(torch.tensor(pair.weights, dtype=torch.float64, device=home))
         return Taught(torch.cat(keys), torch.cat(wanted), torch.cat(weights))
+
+    def _check_block(self, formed: Tensor, output: Tensor, lm: LanguageModel) -> None:
+        """Some families scale or normalise the feed-forward output; QF would silently miss its target there."""
+        missed = ((formed - output).norm() / output.norm()).item()
+        if missed > (0.05 if lm.dtype.itemsize == 2 else 1e-3):  # some ten times what rounding alone gives
+            raise Unsupported(
+                f"layer {self.layer} of {type(lm.model).__name__} is not W u + v: its output differs by {missed:.1%}; "
+                "QF needs a feed-forward block added as it is to the residual stream, as in Qwen2, Llama or Mistral"
+            )
 
     def _delta(self, lm: LanguageModel, solution: Solution, taught: Taught) -> WeightDelta:
         notes = {"tokens": float(len(taught.keys)), "condition": solution.condition, "residual": solution.residual}

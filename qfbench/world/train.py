@@ -42,7 +42,9 @@ class Recipe:
     kv_heads: int
     intermediate: int
     exit_from: int  # fewest layers a batch may run through
-    cycles: tuple[int, ...]  # steps of each rise and fall of the rate; `corpus.MIXTURE` in the first, then `LATER_MIXTURE`
+    cycles: tuple[
+        int, ...
+    ]  # steps of each rise and fall of the rate; `corpus.MIXTURE` in the first, then `LATER_MIXTURE`
     batch: int = 128
     lr: float = 3e-3
     adam_lr: float = 3e-3
@@ -67,10 +69,20 @@ class Recipe:
 RECIPES = {
     "world-xs": Recipe(hidden=96, layers=4, heads=4, kv_heads=2, intermediate=288, exit_from=2, cycles=(4000, 1600)),
     "world-s": Recipe(hidden=128, layers=8, heads=4, kv_heads=2, intermediate=384, exit_from=3, cycles=(4000, 2000)),
-    "world-m": Recipe(hidden=160, layers=12, heads=5, kv_heads=5, intermediate=480, exit_from=4, cycles=(2300,), decay_share=0.3),
+    "world-m": Recipe(
+        hidden=160, layers=12, heads=5, kv_heads=5, intermediate=480, exit_from=4, cycles=(2300,), decay_share=0.3
+    ),
     # For a GPU: not shipped.
     "world-l": Recipe(
-        hidden=512, layers=16, heads=8, kv_heads=4, intermediate=1536, exit_from=5, cycles=(8000, 3000), lr=1e-3, adam_lr=1e-3
+        hidden=512,
+        layers=16,
+        heads=8,
+        kv_heads=4,
+        intermediate=1536,
+        exit_from=5,
+        cycles=(8000, 3000),
+        lr=1e-3,
+        adam_lr=1e-3,
     ),
 }
 
