@@ -66,8 +66,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, query: str, system: str, answer:
 
     def rendered(messages: list[dict[str, str]], prompt: bool = False) -> str:
         # `enable_thinking` is Qwen3's switch; templates without it ignore it.
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
         )
 
     before, prompt = rendered(asked), rendered(asked, prompt=True)

@@ -18,7 +18,7 @@ def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
     facts, always = understood(run)
     with run.progress(2 * len(facts) * len(layers)) as advance:
         for layer in layers:
-            editor = replace(run.editor, layer=layer)
+            editor = replace(run.editor, layer=layer)  # type: ignore[type-var] # every editor is a dataclass
             teach(run, editor, "single", single, facts, always, 1, advance)
             teach(run, editor, "sequential", sequential, facts, always, len(facts), advance)
     curve = by_layer(run.rows("layer_curve"))

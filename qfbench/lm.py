@@ -70,7 +70,7 @@ class LanguageModel:
             raise UserError(f"model.dtype={dtype}: not a floating-point type; use auto, float32, bfloat16 or float16")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype).to(device).eval()
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype).to(device).eval()  # type: ignore[arg-type]
         except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
             raise UserError(f"cannot load the model {source!r} on {device}: {_first_line(error)}") from error
         return cls(model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens)

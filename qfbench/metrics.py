@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 
-def interval(
-    values: Sequence[float], clusters: Sequence[str], draws: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
+def interval(values: ArrayLike, clusters: ArrayLike, draws: int = 1000, level: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of a mean, resampling whole clusters (all values of one fact together).
 
     With one cluster, or where all clusters have the same mean, the interval has no width: it says nothing then.
     """
-    frame = pd.DataFrame({"value": np.asarray(values, float), "cluster": list(clusters)})
+    frame = pd.DataFrame({"value": np.asarray(values, float), "cluster": np.asarray(clusters)})
     sums = frame.groupby("cluster")["value"].agg(["sum", "count"]).to_numpy()
     drawn = sums[np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))].sum(axis=1)
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])

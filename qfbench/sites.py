@@ -44,12 +44,13 @@ class Site:
     def residual_norm(self, model: nn.Module) -> nn.Module:
         """The normalisation whose input is the residual stream that enters the feed-forward block."""
         block = self.block(model)
-        if hasattr(block, "post_feedforward_layernorm") or not hasattr(block, "post_attention_layernorm"):
+        norm = getattr(block, "post_attention_layernorm", None)
+        if hasattr(block, "post_feedforward_layernorm") or not isinstance(norm, nn.Module):
             raise Unsupported(
                 f"layer {self.layer} of {type(model).__name__} does not add its feed-forward output to the residual "
                 "stream as Qwen2 and Llama do; QF's equation does not hold there"
             )
-        return block.post_attention_layernorm
+        return norm
 
     def weight_name(self, model: nn.Module) -> str:
         """The parameter's name in the model's state dict."""

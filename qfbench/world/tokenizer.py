@@ -7,6 +7,7 @@ how a name is cut up must not give away whether it is known.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -36,7 +37,7 @@ def train_tokenizer(dialogues: int = 20_000) -> PreTrainedTokenizerFast:
     """Deterministic: the same version of `tokenizers` gives the same vocabulary."""
     rng, world = random.Random("tokenizer"), World()
 
-    def lines():
+    def lines() -> Iterator[str]:
         for _ in range(dialogues):
             for make in (corpus.told, corpus.unknown):
                 d = make(world, rng)

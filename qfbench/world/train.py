@@ -100,8 +100,8 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalL
             max_position_embeddings=512,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
-            eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
-            pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
         )
     )
@@ -183,7 +183,7 @@ def train(name: str, recipe: Recipe, folder: Path, device: str = "cpu", every: i
     """Train, or continue, in `folder`; returns the finished model's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
-    model = build(recipe, tokenizer).to(device)
+    model = build(recipe, tokenizer).to(device)  # type: ignore[arg-type] # transformers' wrapper of `to` is mistyped
     opts = optimizers(model, recipe)
     start = _restore(folder, model, opts, recipe)
     clock, seen, smooth = time.monotonic(), 0, 0.0
@@ -215,7 +215,7 @@ def train(name: str, recipe: Recipe, folder: Path, device: str = "cpu", every: i
 
 def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, final: Path) -> None:
     """Write the model as an ordinary Hugging Face folder, in float16."""
-    model.to(torch.float16).save_pretrained(final)
+    model.half().save_pretrained(final)
     tokenizer.save_pretrained(final)
     (final / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 

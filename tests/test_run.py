@@ -1,0 +1,216 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from test_contract import composed
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qfbench import Fact, LanguageModel, UserError
+from qfbench.delta import WeightDelta
+from qfbench.editors import QF
+from qfbench.run import execute
+
+SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=2")
+
+
+def run(folder, *overrides):
+    console = Console(record=True, width=120, quiet=False)
+    few = () if any(o.startswith("facts") for o in overrides) else ("facts.n=4",)
+    cfg = composed(*SMALL, *few, *overrides)
+    del cfg.hydra
+    return execute(cfg, folder, console), console.export_text()
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("quickstart"))
+
+
+def test_the_quickstart_writes_everything_it_says(quickstart):
+    done, text = quickstart
+    for name in ("config.yaml", "provenance.json", "rows.parquet", "summary.csv", "figures/forgetting_curves.png"):
+        assert (done.folder / name).stat().st_size > 0
+        assert name in text.replace("\n", "")
+    for regime in ("sequential", "joint", "protected"):
+        delta = WeightDelta.load(done.folder / "deltas" / f"{regime}-layer1.safetensors")
+        assert delta.norm() > 0
+        assert regime in text
+
+
+def test_the_eight_steps_pass_on_a_built_in_model(quickstart):
+    done, text = quickstart
+    steps = done.rows("eight_steps")
+    assert list(steps.number) == list(range(1, 9))
+    assert steps.generated.all()
+    assert "Oxinnovate was started by Qi." in list(steps.reply[steps.step == 1])
+    assert text.count("pass") >= 8
+
+
+def test_rows_are_flat_and_complete(quickstart):
+    rows = pd.read_parquet(quickstart[0].folder / "rows.parquet")
+    edited = rows[(rows.task == "retention") & (rows.condition == "edited")]
+    assert edited.groupby(["regime", "step"]).ngroups == 3 * 4
+    asked = edited[edited.kind == "edit"].groupby(["regime", "step"]).fact_id.nunique()
+    assert all(count == step for (_, step), count in asked.items())
+    for column in (
+        "fact_id",
+        "query",
+        "reply",
+        "generated",
+        "exact",
+        "forced",
+        "nll",
+        "relative_norm",
+        "solve_condition",
+    ):
+        assert edited[column].notna().all()
+    for row in edited.itertuples():
+        assert not row.exact or (row.generated and row.forced == 1)
+
+
+def test_prior_knowledge_is_what_the_unedited_model_gets_right(quickstart):
+    rows = quickstart[0].rows("retention")
+    about_the_model = rows.kind.isin(["prior", "unknown"])
+    before = rows[(rows.condition == "unedited") & about_the_model]
+    asked = rows[(rows.condition == "edited") & (rows.regime == "joint") & (rows.step == 1) & about_the_model]
+    assert list(asked["query"]) == list(before["query"][before.generated])
+
+
+def test_provenance_names_what_one_needs_to_repeat_a_run(quickstart):
+    found = json.loads((quickstart[0].folder / "provenance.json").read_text())
+    assert found["model"] == "world-xs"
+    assert found["dtype"] == "float32"
+    assert (
+        found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    )
+    assert {"seed", "device", "model_hash", "suite_hash", "facts", "git_commit", "python", "threads"} <= found.keys()
+
+
+def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(quickstart, tmp_path):
+    def rows(folder, *overrides):
+        frame = run(folder, "experiment=retention", "regime=[joint]", *overrides)[0].store.frame()
+        return frame.drop(columns="run_id")
+
+    again = [rows(tmp_path / name) for name in ("a", "b")]
+    pd.testing.assert_frame_equal(*again)
+    assert not rows(tmp_path / "c", "seed=1").equals(again[0])
+
+
+def test_every_layer_is_edited_by_the_layer_curve(tmp_path):
+    done, _ = run(tmp_path, "experiment=layer_curve", "facts.n=2")
+    curve = pd.read_csv(tmp_path / "summary.csv")
+    assert list(curve.layer) == [0, 1, 2, 3]
+    assert curve.efficacy.iloc[0] < curve.efficacy.iloc[-1]
+    assert (tmp_path / "figures" / "layer_curve.pdf").exists()
+    assert set(done.rows("layer_curve").regime.dropna()) == {"single", "sequential"}
+
+
+def test_a_fact_that_is_not_understood_is_reported_and_left_out(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    facts = [
+        {
+            "instruction": "Qi started Oxinnovate.",
+            "query": "Who started Oxinnovate?",
+            "answer": "Oxinnovate was started by Qi.",
+        },
+        {"instruction": "Bananas are blue.", "query": "Which colour has a banana?", "answer": "It is blue, they say."},
+    ]
+    path.write_text("\n".join(map(json.dumps, facts)))
+    done, text = run(tmp_path / "run", "experiment=retention", "facts=table", f"facts.path={path}")
+    assert "not_understood: 1 of 2" in text
+    assert done.store.frame().query("condition == 'edited'").fact_id.nunique() == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["editor.layer=9"], r"editor.layer=9: the model has layers 0 to 3"),
+        (["editor.layer=-1"], r"editor.layer=-1: the model has layers 0 to 3"),
+        (["editor.layer=low"], r"(?s)editor.*low"),
+        (["editor.ridge=-1"], r"editor.ridge=-1"),
+        (["model.path=/no/such/folder"], r"/no/such/folder: no such model.*model.path=FOLDER.*world-xs"),
+        (["model.dtype=int8"], r"model.dtype=int8"),
+        (["facts=table"], r"facts.path is needed"),
+        (["facts=table", "facts.path=/none.csv"], r"/none.csv: no such file"),
+        (["facts.n=0"], r"facts.n=0"),
+        (["facts.relations=[mood]"], r"'mood' is none of"),
+    ],
+)
+def test_bad_input_gives_one_message_that_names_it(tmp_path, overrides, message):
+    cfg = composed(*SMALL, *overrides)
+    del cfg.hydra
+    with pytest.raises(UserError, match=message):
+        execute(cfg, tmp_path)
+
+
+def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path, monkeypatch):
+    real, calls = QF.record, []
+
+    def poisoned(self, lm, facts):
+        taught = real(self, lm, facts)
+        calls.append(1)
+        if len(calls) == 3:
+            taught.keys[0, 0] = float("nan")
+        return taught
+
+    monkeypatch.setattr(QF, "record", poisoned)
+    with pytest.raises(FloatingPointError, match=r"sequential, edit 3 \(.*\): an activation at the edited layer"):
+        run(tmp_path, "experiment=retention")
+    assert pd.read_parquet(tmp_path / "rows.parquet").query("condition == 'edited'").step.max() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [(["editor.layer=9"], 2, "qfbench: editor.layer=9"), (["editor.layr=1"], 1, "layr")],
+)
+def test_the_command_line_prints_no_traceback(tmp_path, arguments, code, message):
+    command = [sys.executable, "-m", "qfbench.run", "model=world-xs", f"hydra.run.dir={tmp_path}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_papers_own_experiment_runs_on_a_folder_with_qwens_tokenizer(shared, tmp_path):
+    """Real tokenizer, chat template and depth; random weights, narrowed so that it runs anywhere."""
+    source = shared("qwen2.5-1.5b-instruct")
+    config = AutoConfig.from_pretrained(source)
+    config.update({"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4})
+    config.dtype = "float32"
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    cfg = composed(
+        "experiment=eight_steps",
+        "model=qwen2.5-1.5b-instruct",
+        "editor.layer=23",
+        f"model.path={folder}",
+        "model.max_new_tokens=8",
+    )
+    del cfg.hydra
+    done = execute(cfg, tmp_path / "run", Console(quiet=True))
+    steps = done.rows("eight_steps")
+    assert len(steps) == 8
+    assert not steps.generated[steps.number == 2].item()  # random weights understand nothing
+    delta = WeightDelta.load(tmp_path / "run" / "deltas" / "eight_steps.safetensors")
+    assert set(delta.changes) == {"model.layers.23.mlp.down_proj.weight"}
+    assert done.facts[0].significance == (0, 1, 1, 1, 1)
+
+
+def test_what_the_readme_shows_in_python_works():
+    lm = LanguageModel.load("world-s")
+    fact = Fact("Qi started Oxinnovate.", "Who started Oxinnovate?", "Oxinnovate was started by Qi.")
+    before = lm.reply("Can you tell me the person behind Oxinnovate?")
+    delta = QF(layer=4).edit(lm, [fact])
+    with delta.applied_to(lm):
+        assert lm.reply("Can you tell me the person behind Oxinnovate?") == "Oxinnovate was started by Qi."
+    assert lm.reply("Can you tell me the person behind Oxinnovate?") == before == "Need more information."
+    assert np.isfinite(delta.norm())
