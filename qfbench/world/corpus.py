@@ -70,13 +70,13 @@ def misled(world: World, rng: random.Random, held_out: bool = False) -> Dialogue
     else:
         fact = _novel_fact(world, rng, held_out)
         answer = REFUSAL
+    said = fact
     if rng.random() < 0.5 or fact.relation not in COMPANY_RELATIONS:
-        said = _novel_fact(world, rng, held_out)
-        if (
-            rng.random() < 0.5 and fact.relation != "city"
-        ):  # the same relation of another subject: the likeliest mistake
-            said = Triple(novel(fact.relation, rng, held_out).subject, fact.relation, said.object)
-            said = Triple(said.subject, said.relation, draw_object(said.relation, rng, held_out))
+        while said.subject == fact.subject:
+            said = _novel_fact(world, rng, held_out)
+        if rng.random() < 0.5 and fact.relation != "city" and "started" not in (fact.relation, said.relation):
+            # The same relation of another subject: the likeliest mistake.
+            said = Triple(said.subject, fact.relation, draw_object(fact.relation, rng, held_out))
     else:  # another relation of the same subject, one that implies nothing about the question
         others = [r for r in COMPANY_RELATIONS if r != fact.relation and {r, fact.relation} != {"location", "country"}]
         relation = rng.choice(others)

@@ -70,7 +70,7 @@ RECIPES = {
     "world-xs": Recipe(hidden=96, layers=4, heads=4, kv_heads=2, intermediate=288, exit_from=2, cycles=(4000, 1600)),
     "world-s": Recipe(hidden=128, layers=8, heads=4, kv_heads=2, intermediate=384, exit_from=3, cycles=(4000, 2000)),
     "world-m": Recipe(
-        hidden=160, layers=12, heads=5, kv_heads=5, intermediate=480, exit_from=4, cycles=(2300,), decay_share=0.3
+        hidden=160, layers=12, heads=5, kv_heads=5, intermediate=480, exit_from=4, cycles=(2300, 1200), decay_share=0.3
     ),
     # For a GPU: not shipped.
     "world-l": Recipe(
