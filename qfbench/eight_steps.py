@@ -23,16 +23,25 @@ def eight_steps(
     Edits are made even where step 2 finds that the model does not understand what it is told; the table then says so.
     """
     states = [WeightDelta(), *(total for _, total in regime(run.editor, run.lm, facts))]
-    table = Table("step", "query", "reply", "verdict", title=f"The eight steps: {run.title}", box=box.SIMPLE_HEAD)
+    table = Table(
+        "step",
+        "query",
+        "reply",
+        "verdict",
+        title=f"The eight steps: {run.title}",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
     for step in steps(facts):
         with states[step.taught].applied_to(run.lm):
             (row,) = ask(run.lm, [step.probe])
-        run.log(row, step=step.taught, number=step.number, fact_id=facts[0].id)
+        run.log(row | run.health(states[step.taught]), step=step.taught, number=step.number, fact_id=facts[0].id)
         query = step.probe.query
         if step.probe.system:
             query = f"[dim]told: {step.probe.system}[/dim]\n{query}"
         verdict = "[green]pass[/green]" if row["generated"] else "[red]FAIL[/red]"
-        table.add_row(f"{step.number} {step.what}", query, row["reply"], verdict)
+        table.add_row(str(step.number), query, row["reply"], verdict)
         if step.probe.kind == "told" and not row["generated"]:
             run.warn(f"not_understood: the model does not answer {step.probe.query!r} when told {step.probe.system!r}")
     run.console.print(table)

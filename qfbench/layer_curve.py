@@ -23,5 +23,5 @@ def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
             teach(run, editor, "sequential", sequential, facts, always, len(facts), advance)
     curve = by_layer(run.rows("layer_curve"))
     title = f"{len(facts)} facts, each alone, then one after another (seq): {run.lm.name}, {type(run.editor).__name__}"
-    run.table(curve, title, hidden=["portability", "leakage", "seq_leakage", "seq_norm"])
+    run.table(curve, title, hidden=["paraphrase", "portability", "leakage", "seq_leakage", "seq_norm"])
     run.figure(plots.layer_curve(curve), "layer_curve")

@@ -24,7 +24,9 @@ def retention(run: Run, regimes: Mapping[str, Regime], every: int = 1) -> None:
         for name in regimes:
             teach(run, run.editor, name, regimes[name], facts, always, every, advance)
     rows = run.rows("retention")
-    run.table(summary(rows), f"{len(facts)} facts, one after another: {run.title}", hidden=["norm"])
+    if rows.rounding_loss.max() > 1e-3:
+        run.warn(f"written in {run.lm.dtype}, up to {rows.rounding_loss.max():.1%} of a change is lost to rounding")
+    run.table(summary(rows), f"{len(facts)} facts, one after another: {run.title}", hidden=["held_out", "norm"])
     run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
 
 
@@ -89,12 +91,10 @@ def check(
     asked = [(f, f.edit) for f in taught]
     asked += [(f, p) for f in (taught if everything else taught[-1:]) for p in f.probes if not p.always]
     asked += always
+    same = {"regime": regime, "condition": "edited", "step": step, "layer": editor.site.layer} | run.health(total)
     with total.applied_to(run.lm):
         rows = ask(run.lm, [p for _, p in asked])
-    newest = taught[-1].id
-    same = {"regime": regime, "condition": "edited", "step": step, "layer": editor.site.layer}
-    same |= {"relative_norm": run.relative_norm(total), **{f"solve_{k}": v for k, v in total.notes.items()}}
     for (fact, probe), row in zip(asked, rows, strict=True):
-        row["fresh"] = not probe.always and fact.id == newest
+        row["fresh"] = not probe.always and fact.id == taught[-1].id
         row["leaked"] = probe.kind == "unknown" and any(stands_in(k, row["reply"]) for f in taught for k in f.known_as)
         run.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)

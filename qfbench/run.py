@@ -78,18 +78,25 @@ class Run:
 
     def figure(self, figure: Figure, name: str) -> None:
         (self.folder / "figures").mkdir(exist_ok=True)
-        for ending in ("png", "pdf"):
-            figure.savefig(self.folder / "figures" / f"{name}.{ending}", dpi=150)
+        path = self.folder / "figures" / name
+        for ending in (".png", ".pdf"):
+            figure.savefig(path.with_suffix(ending), dpi=150)
+        self.console.print(f"figure: [bold]{os.path.relpath(path)}.png[/bold]", soft_wrap=True)
 
     def save(self, delta: WeightDelta, name: str) -> None:
         (self.folder / "deltas").mkdir(exist_ok=True)
         delta.save(self.folder / "deltas" / f"{name}.safetensors")
 
-    def relative_norm(self, delta: WeightDelta) -> float:
-        """‖ΔW‖_F / ‖W‖_F over the changed weights."""
+    def health(self, delta: WeightDelta) -> dict[str, float]:
+        """Columns of a row about the change itself.
+
+        `relative_norm` (‖ΔW‖_F / ‖W‖_F over the changed weights), `rounding_loss` (the share of ΔW lost when written in the
+        model's dtype), and what the editor noted, as `solve_...`.
+        """
         parameters = dict(self.lm.model.named_parameters())
         whole = sum(parameters[name].float().norm().item() ** 2 for name in delta.changes) ** 0.5
-        return delta.norm() / whole if whole else 0.0
+        norms = {"relative_norm": delta.norm() / whole if whole else 0.0, "rounding_loss": delta.rounding_loss(self.lm)}
+        return norms | {f"solve_{name}": value for name, value in delta.notes.items()}
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
@@ -126,9 +133,17 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
             task(run)
     finally:
         run.store.close()
-    written = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".hydra" not in p.parts)
-    console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {', '.join(written)}", soft_wrap=True)
+    console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
     return run
+
+
+def contents(folder: Path) -> str:
+    """What a run's folder holds, in one line."""
+    files = sorted(p.name for p in folder.iterdir() if p.is_file())
+    for name in ("figures", "deltas"):
+        held = sorted((folder / name).glob("*"))
+        files += [f"{name}/{held[0].name}"] if len(held) == 1 else [f"{name}/ ({len(held)} files)"] if held else []
+    return ", ".join(files)
 
 
 def build(cfg: DictConfig, group: str) -> Any:

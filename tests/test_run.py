@@ -38,7 +38,7 @@ def test_the_quickstart_writes_everything_it_says(quickstart):
         assert (done.folder / name).stat().st_size > 0
         assert name in text.replace("\n", "")
     for regime in ("sequential", "joint", "protected"):
-        delta = WeightDelta.load(done.folder / "deltas" / f"{regime}-layer1.safetensors")
+        delta = WeightDelta.load(done.folder / "deltas" / f"{regime}-layer2.safetensors")
         assert delta.norm() > 0
         assert regime in text
 

@@ -40,7 +40,6 @@ class Step:
     number: int
     taught: int
     probe: Probe
-    what: str
 
 
 def oxinnovate(founder_significance: Sequence[float] | None = None) -> list[Fact]:
@@ -57,12 +56,12 @@ def qf_steps(facts: Sequence[Fact]) -> list[Step]:
     alibaba = Probe("prior", "Who started Alibaba?", "Alibaba was started by Jack Ma.", ("Jack Ma",))
     not_yet = Probe("unknown", founder.query, "", reject=founder.known_as)
     return [
-        Step(1, 0, not_yet, "not known yet"),
-        Step(2, 0, founder.told, "understood when told"),
-        Step(3, 0, alibaba, "known before"),
-        Step(4, 1, ask_founder, "learnt"),
-        Step(5, 1, alibaba, "still known"),
-        Step(6, 1, person_behind, "in other words"),
-        Step(7, 2, where, "second fact learnt"),
-        Step(8, 2, ask_founder, "first fact kept"),
+        Step(1, 0, not_yet),
+        Step(2, 0, founder.told),
+        Step(3, 0, alibaba),
+        Step(4, 1, ask_founder),
+        Step(5, 1, alibaba),
+        Step(6, 1, person_behind),
+        Step(7, 2, where),
+        Step(8, 2, ask_founder),
     ]

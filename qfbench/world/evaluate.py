@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from qfbench.lm import LanguageModel
 from qfbench.world import corpus
@@ -49,7 +52,10 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="print so many wrong replies per ability")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    table = Table("model", "parameters", "layers", *ABILITIES, title=f"abilities, n = {args.n} each, seed {args.seed}")
+    logging.disable_progress_bar()
+    table = Table(title=f"abilities, n = {args.n} each, seed {args.seed}", box=box.SIMPLE_HEAD, padding=0)
+    for column in ("model", "parameters", "layers", *ABILITIES):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name in args.models:
         lm = LanguageModel.load(name, batch_size=256, max_new_tokens=40)
         cells = []
@@ -60,7 +66,7 @@ def main() -> None:
             for d in [d for d, ok in zip(tests, passed, strict=True) if not ok][: args.show]:
                 print(f"{ability}: [{d.system}] {d.query!r} wanted {d.answer!r} got {lm.reply(d.query, d.system)!r}")
         count = sum(p.numel() for p in lm.model.parameters())
-        table.add_row(name, f"{count:,}", str(lm.model.config.num_hidden_layers), *cells)
+        table.add_row(Path(name).name, f"{count:,}", str(lm.model.config.num_hidden_layers), *cells)
     Console().print(table)
 
 

@@ -1,0 +1,102 @@
+"""Seconds and memory of one QF edit on the geometry of real models, with random weights: no download.
+
+    python benchmarks/edit_speed.py qwen2.5-1.5b                  # on a CPU: about 4 GB of memory
+    python benchmarks/edit_speed.py qwen2.5-1.5b qwen2.5-7b       # on a GPU (bfloat16)
+
+Prints one line per model: seconds to record both passes, to solve in float64, and to write and restore the weight (medians of
+`--repeat` edits, the first left out), tokens taught, and peak memory. On CUDA it also checks that weights come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qfbench import LanguageModel
+from qfbench.delta import WeightDelta
+from qfbench.editors import QF
+from qfbench.editors.qf import solve
+from qfbench.facts.world import world
+from qfbench.world.tokenizer import train_tokenizer
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, edited layer
+GEOMETRY = {
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, 20),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, 23),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 23),
+}
+
+
+def load(name: str, device: str, dtype: torch.dtype) -> tuple[LanguageModel, int]:
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, layer = GEOMETRY[name]
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=hidden < 3000,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return LanguageModel(model, train_tokenizer(), name), layer
+
+
+def measure(name: str, device: str, dtype: torch.dtype, repeat: int) -> None:
+    lm, layer = load(name, device, dtype)
+    editor, facts = QF(layer), world(repeat + 1)
+    weight = editor.site.linear(lm.model).weight
+    before = weight.clone()
+    times: dict[str, list[float]] = {"record": [], "solve": [], "write": []}
+
+    def now() -> float:
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(part: str, start: float) -> float:
+        times[part].append(now() - start)
+        return now()
+
+    tokens = []
+    for fact in facts:
+        clock = now()
+        taught = editor.record(lm, [fact])
+        clock = lap("record", clock)
+        solution = solve(taught.keys, taught.wanted, taught.weights)
+        clock = lap("solve", clock)
+        with WeightDelta({editor.site.weight_name(lm.model): solution.change}).applied_to(lm):
+            pass
+        lap("write", clock)
+        tokens.append(len(taught.keys))
+    assert torch.equal(weight, before), "the weight did not come back bit for bit"
+    parts = "  ".join(f"{part} {statistics.median(values[1:]):.4f} s" for part, values in times.items())
+    cuda = lm.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name} ({where}, {dtype}): {parts}  {statistics.median(tokens):.0f} tokens  peak {peak / 2**30:.1f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="+", choices=GEOMETRY)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    for name in args.models:
+        measure(name, args.device, getattr(torch, args.dtype), args.repeat)
+
+
+if __name__ == "__main__":
+    main()
