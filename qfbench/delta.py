@@ -17,7 +17,7 @@ from qfbench.errors import UserError
 from qfbench.lm import LanguageModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """A matrix as a product, `left @ right`. A dense one has `right = None`."""
 
@@ -47,7 +47,7 @@ class LowRank:
         return LowRank(torch.cat([a.left, b.left], 1), torch.cat([a.right, b.right], 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightDelta:
     """A change of named weights. A value: adding, measuring and saving it touch no model.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qfbench.errors import UserError
@@ -70,14 +71,18 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, query: str, system: str, answer:
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
         )
 
-    before, prompt = rendered(asked), rendered(asked, prompt=True)
+    try:
+        before, prompt = rendered(asked), rendered(asked, prompt=True)
+    except TemplateError as error:
+        raise UserError(f"the chat template cannot render a system text and a query: {error}") from error
     if not answer:
         return before, prompt[len(before) :], "", ""
     full = rendered([*asked, {"role": "assistant", "content": answer}])
-    place = full.rfind(answer)
+    follows = full.startswith(prompt)
+    place = full.find(answer, len(prompt) if follows else len(before))
     if place < 0 or not prompt.startswith(before):
         raise UserError(f"the chat template does not show the answer {answer!r} verbatim after its prompt")
-    lead = full[len(prompt) : place] if full.startswith(prompt) else ""
+    lead = full[len(prompt) : place] if follows else ""
     return before, prompt[len(before) :], "" if lead.strip() else lead, full[place + len(answer) :]
 
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from qfbench.delta import WeightDelta
+from qfbench.errors import Unsupported
 from qfbench.facts.base import Fact
 from qfbench.facts.oxinnovate import Step
 from qfbench.probes import ask
@@ -18,31 +19,32 @@ from qfbench.run import Run
 def eight_steps(
     run: Run, facts: Sequence[Fact], steps: Callable[[Sequence[Fact]], Sequence[Step]], regime: Regime
 ) -> None:
-    """Teach `facts` one after another under `regime` and ask each step's probe after as many facts as it says.
+    """Ask each step's probe, after teaching as many of `facts` under `regime` as the step says.
 
-    Edits are made even where step 2 finds that the model does not understand what it is told; the table then says so.
+    Edits are made even where step 2 finds that the model does not understand what it is told; the output then says so.
     """
-    states = [WeightDelta(), *(total for _, total in regime(run.editor, run.lm, facts))]
-    table = Table(
-        "step",
-        "query",
-        "reply",
-        "verdict",
-        title=f"The eight steps: {run.title}",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
-    for step in steps(facts):
-        with states[step.taught].applied_to(run.lm):
-            (row,) = ask(run.lm, [step.probe])
-        run.log(row | run.health(states[step.taught]), step=step.taught, number=step.number, fact_id=facts[0].id)
-        query = step.probe.query
-        if step.probe.system:
-            query = f"[dim]told: {step.probe.system}[/dim]\n{query}"
-        verdict = "[green]pass[/green]" if row["generated"] else "[red]FAIL[/red]"
-        table.add_row(str(step.number), query, row["reply"], verdict)
-        if step.probe.kind == "told" and not row["generated"]:
-            run.warn(f"not_understood: the model does not answer {step.probe.query!r} when told {step.probe.system!r}")
+    table = Table(title=f"The eight steps: {run.title}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("step", "query", "reply", "verdict"):
+        table.add_column(column)
+    edits, total, taught = iter(regime(run.editor, run.lm, facts)), WeightDelta(), 0
+    try:
+        for step in steps(facts):
+            while taught < step.taught:
+                _, total = next(edits)
+                taught += 1
+            with total.applied_to(run.lm):
+                (row,) = ask(run.lm, [step.probe])
+            condition = "edited" if taught else "in_context" if step.probe.system else "unedited"
+            about = {"condition": condition, "step": taught, "number": step.number, "fact_id": step.fact_id}
+            run.log(row | about | run.health(total))
+            told = f"[dim]told: {step.probe.system}[/dim]\n" if step.probe.system else ""
+            verdict = "[green]pass[/green]" if row["generated"] else "[red]FAIL[/red]"
+            table.add_row(str(step.number), told + step.probe.query, row["reply"], verdict)
+            if step.probe.system and not row["generated"]:
+                run.warn(f"not_understood: told {step.probe.system!r}, the model does not answer {step.probe.query!r}")
+    except Unsupported as error:
+        run.log({"condition": "unsupported", "reply": str(error)})
+        run.warn(str(error))
     run.console.print(table)
-    run.save(states[-1], "eight_steps")
+    if taught:
+        run.save(total, "eight_steps")

@@ -8,20 +8,23 @@ from dataclasses import replace
 from qfbench import plots, sites
 from qfbench.metrics import by_layer
 from qfbench.regimes import sequential, single
-from qfbench.retention import teach, understood
+from qfbench.retention import baseline, teach
 from qfbench.run import Run
 
 
 def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
     """Edit each of `layers` (all by default): single edits, then one sequential run over the same facts."""
     layers = range(len(sites.layers(run.lm.model))) if layers is None else layers
-    facts, always = understood(run)
+    facts, always = baseline(run)
     with run.progress(2 * len(facts) * len(layers)) as advance:
         for layer in layers:
             editor = replace(run.editor, layer=layer)  # type: ignore[type-var] # every editor is a dataclass
             teach(run, editor, "single", single, facts, always, 1, advance)
             teach(run, editor, "sequential", sequential, facts, always, len(facts), advance)
-    curve = by_layer(run.rows("layer_curve"))
+    rows = run.rows()
+    if not (rows.condition == "edited").any():
+        return
+    curve = by_layer(rows)
     title = f"{len(facts)} facts, each alone, then one after another (seq): {run.lm.name}, {type(run.editor).__name__}"
     run.table(curve, title, hidden=["paraphrase", "portability", "leakage", "seq_leakage", "seq_norm"])
     run.figure(plots.layer_curve(curve), "layer_curve")

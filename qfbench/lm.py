@@ -60,6 +60,10 @@ class LanguageModel:
         Raises:
             UserError: there is no such model, device or dtype, or its files cannot be read.
         """
+        if batch_size < 1 or max_new_tokens < 1:
+            raise UserError(
+                f"model.batch_size={batch_size} and model.max_new_tokens={max_new_tokens} must be 1 or more"
+            )
         source = find(str(name))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,8 +75,11 @@ class LanguageModel:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype).to(device).eval()  # type: ignore[arg-type]
-        except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
-            raise UserError(f"cannot load the model {source!r} on {device}: {_first_line(error)}") from error
+        except (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError, SafetensorError) as error:
+            what = f"cannot load the model {source!r} on {device}"
+            if not Path(source).is_dir():
+                what += ", which is no folder here and was looked for on the hub"
+            raise UserError(f"{what}: {_first_line(error)}") from error
         return cls(model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens)
 
     @property
@@ -117,7 +124,7 @@ class LanguageModel:
             first = min(r.answer for r in rows) - 1
             kept = torch.arange(first, ids.shape[1] - 1, device=self.device)
             # Padding stands at the right of causal attention: no mask is needed.
-            logits = self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits.float()
+            logits = self._finite(self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits).float()
             for row, (i, r) in enumerate(zip(chunk, rows, strict=True)):
                 wanted = torch.tensor(r.reply, device=self.device)
                 at = logits[row, r.answer - 1 - first :][: len(r.reply)].log_softmax(-1)
@@ -143,7 +150,7 @@ class LanguageModel:
             logits = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
             ).logits
-            chosen = logits[:, -1].argmax(-1)
+            chosen = self._finite(logits)[:, -1].argmax(-1)
             for row, token in enumerate(chosen.tolist()):
                 if not ended[row] and token in stops:
                     ended[row] = True
@@ -156,6 +163,11 @@ class LanguageModel:
             positions = positions[:, -1:] + 1
         texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
         return [Reply(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(f"{self.name} gives logits that are not finite")
+        return logits
 
     def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask, `[rows, longest]`, on the model's device."""

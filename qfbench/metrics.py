@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -22,14 +24,15 @@ def interval(values: ArrayLike, clusters: ArrayLike, draws: int = 1000, level: f
 def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     """Retention after n edits: the share of facts taught so far whose taught query is still answered (mean_k R[n, k]).
 
-    Returns columns `regime`, `step` (n), `mean`, `low`, `high` (95%, over facts).
+    Returns columns `regime`, `step` (n), `mean`, `low`, `high` (95%, over facts); nothing of regimes that do not accumulate.
     """
-    asked = rows[(rows.condition == "edited") & (rows.kind == "edit")]
+    edited = rows[rows.condition == "edited"]
+    asked = edited[(edited.kind == "edit") & edited.checkpoint.astype(bool) & (edited.taught == edited.step)]
     out = []
     for (regime, step), group in asked.groupby(["regime", "step"], sort=False):
         low, high = interval(group.generated, group.fact_id)
         out.append({"regime": regime, "step": step, "mean": group.generated.mean(), "low": low, "high": high})
-    return pd.DataFrame(out)
+    return pd.DataFrame(out, columns=["regime", "step", "mean", "low", "high"])
 
 
 def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
@@ -38,17 +41,24 @@ def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per regime.
+    """One line per regime, below the unedited model (`unedited`) and what it answers when told (`in_context`).
 
     Right after each fact's own edit: `efficacy` (its query), `paraphrase`, `held_out` (wordings that training never
     used), `portability` (what follows from it). After the last edit: `retention` (all taught queries), `prior` (of what
     the unedited model knew), `refused` (of unknown subjects refused before), `leakage` (unknown subjects that got a
-    taught answer), `norm` (‖ΔW‖ / ‖W‖).
+    taught answer), `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`, and its other
+    measures are means over all edits. In the line `unedited`, `prior` and `refused` are of all that was asked.
     """
-    out = []
+    out: list[dict[str, Any]] = []
+    for condition in ("unedited", "in_context"):
+        asked = rows[rows.condition == condition]
+        if len(asked):
+            out.append({"regime": condition, **_fresh(asked), "retention": float("nan"), **_kept(asked)})
     for regime, group in rows[rows.condition == "edited"].groupby("regime", sort=False):
-        fresh, last = group[group.fresh.astype(bool)], group[group.step == group.step.max()]
-        out.append({"regime": regime} | _fresh(fresh) | {"retention": shares(last, "edit")["edit"]} | _kept(last))
+        accumulates = (group.taught == group.step).all()
+        last = group[group.step == group.step.max()] if accumulates else group
+        kept = shares(last, "edit")["edit"] if accumulates else float("nan")
+        out.append({"regime": regime, **_fresh(group[group.fresh.astype(bool)]), "retention": kept, **_kept(last)})
     return pd.DataFrame(out).dropna(axis=1, how="all")
 
 

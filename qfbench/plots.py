@@ -48,12 +48,15 @@ def layer_curve(curve: pd.DataFrame) -> Figure:
         "refused": ("#E69F00", "--", "v"),
     }
     for name, (colour, line, marker) in lines.items():
+        if name not in curve:
+            continue
         label = "paraphrase, unseen wording" if name == "held_out" else name
         alone.plot(curve.layer, curve[name], color=colour, ls=line, marker=marker, ms=4, label=label)
     lines = {"retention": lines["efficacy"], "prior": lines["prior"], "refused": lines["refused"]}
     for name, (colour, line, marker) in lines.items():
-        column = curve[f"seq_{name}"]
-        sequence.plot(curve.layer, column, color=colour, ls=line, marker=marker, ms=4, label=name)
+        if f"seq_{name}" not in curve:
+            continue
+        sequence.plot(curve.layer, curve[f"seq_{name}"], color=colour, ls=line, marker=marker, ms=4, label=name)
     alone.set(title="each fact alone", ylabel="share of replies (generated)")
     sequence.set(title="after all facts, one after another")
     for axes in (alone, sequence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
     `generated` (the free-running reply ends by itself, names what is accepted and nothing that is rejected),
     `exact` (it equals the reference reply, end of turn included),
     `forced` (share of the reference's tokens that are the teacher-forced argmax),
-    `nll` (nats per token of the reference reply).
+    `nll` (nats per token of the reference reply). The last two are NaN where a probe has no reference.
     A reply that is exact needs no decoding: one teacher-forced pass decides it.
     """
     dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
@@ -39,8 +40,8 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
                 "stopped": reply.stopped,
                 "generated": reply.stopped and probe.passes(reply.text),
                 "exact": bool(probe.expected) and score.exact,
-                "forced": sum(score.hit) / len(score.hit),
-                "nll": sum(score.nll) / len(score.nll),
+                "forced": sum(score.hit) / len(score.hit) if probe.expected else math.nan,
+                "nll": sum(score.nll) / len(score.nll) if probe.expected else math.nan,
             }
         )
     return rows

@@ -1,8 +1,10 @@
-"""Teach facts one after another and, at checkpoints, ask again about all of them, about prior knowledge, and about nothing."""
+"""Teach facts one after another; at checkpoints ask again about all of them, about prior knowledge, and about nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from qfbench.delta import WeightDelta
 from qfbench.editors import Editor
@@ -18,36 +20,46 @@ Asked = list[tuple[Fact, Probe]]
 
 
 def retention(run: Run, regimes: Mapping[str, Regime], every: int = 1) -> None:
-    """Run every regime over the run's facts and report what is kept, at every `every`-th edit and the last."""
-    facts, always = understood(run)
+    """Run every regime over the run's facts.
+
+    Each fact is asked in all its wordings right after its own edit; all facts so far, prior knowledge and unknown subjects
+    at every `every`-th edit and after the last.
+    """
+    if every < 1:
+        raise UserError(f"task.retention.every={every}: must be 1 or more")
+    facts, always = baseline(run)
     with run.progress(len(facts) * len(regimes)) as advance:
         for name in regimes:
             teach(run, run.editor, name, regimes[name], facts, always, every, advance)
-    rows = run.rows("retention")
-    if rows.rounding_loss.max() > 1e-3:
-        run.warn(f"written in {run.lm.dtype}, up to {rows.rounding_loss.max():.1%} of a change is lost to rounding")
-    run.table(summary(rows), f"{len(facts)} facts, one after another: {run.title}", hidden=["held_out", "norm"])
-    run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
+    rows = run.rows()
+    if (rows.condition == "edited").any():
+        run.table(summary(rows), f"{len(facts)} facts, one after another: {run.title}", hidden=["held_out", "norm"])
+        run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
 
 
-def understood(run: Run) -> tuple[list[Fact], Asked]:
-    """The facts that can be taught, and the probes about the model itself that it passes unedited.
+def baseline(run: Run) -> tuple[list[Fact], Asked]:
+    """Ask everything of the unedited model, without and with each fact's instruction (`unedited`, `in_context`).
 
-    A fact that the model does not answer when told is `not_understood`: it is reported and left out, since editing it
-    would measure comprehension.
+    Returns the facts that it understands when told, and the probes about the model itself that it passes unedited. A fact
+    that is not understood is reported and left out, since editing it would measure comprehension.
     """
-    told = ask(run.lm, [f.told for f in run.facts])
+    own = [(f, p) for f in run.facts for p in (f.edit, *f.probes) if not p.always]
+    told = [(f, replace(p, system=f.instruction)) for f, p in own]
     always = [(f, p) for f in run.facts for p in f.probes if p.always]
-    before = ask(run.lm, [p for _, p in always])
-    owners = [*run.facts, *(f for f, _ in always)]
-    for fact, row in zip(owners, told + before, strict=True):
-        run.log(row, condition="unedited", step=0, fact_id=fact.id)
-    facts = [f for f, row in zip(run.facts, told, strict=True) if row["generated"]]
+    passed = {}
+    for condition, asked in (("unedited", own + always), ("in_context", told)):
+        rows = ask(run.lm, [p for _, p in asked])
+        for (fact, _), row in zip(asked, rows, strict=True):
+            run.log(row, condition=condition, step=0, fact_id=fact.id, fact_kind=fact.kind)
+        passed[condition] = [pair for pair, row in zip(asked, rows, strict=True) if row["generated"]]
+    run.store.flush()
+    understood = {f.id for f, p in passed["in_context"] if p.kind == "edit"}
+    facts = [f for f in run.facts if f.id in understood]
     if len(facts) < len(run.facts):
         run.warn(f"not_understood: {len(run.facts) - len(facts)} of {len(run.facts)} facts; they are left out")
     if not facts:
         raise UserError(f"{run.lm.name} answers none of the facts even when told them: there is nothing to teach")
-    return facts, [pair for pair, row in zip(always, before, strict=True) if row["generated"]]
+    return facts, [(f, p) for f, p in passed["unedited"] if p.always]
 
 
 def teach(
@@ -61,20 +73,21 @@ def teach(
     advance: Callable[[str], None],
 ) -> None:
     """Run one regime, check at its checkpoints, and save its last change. An `Unsupported` becomes a row."""
-    total = WeightDelta()
+    done, taught, total = 0, facts[:0], WeightDelta()
     try:
-        for n, (taught, total) in enumerate(regime(editor, run.lm, facts), start=1):
-            if n % every == 0 or n == len(facts):
-                check(run, name, editor, n, taught, total, always, everything=n == len(facts))
-            advance(f"{name}: edit {n}")
-        run.save(total, f"{name}-layer{editor.site.layer}")
+        for taught, total in regime(editor, run.lm, facts):
+            step = done + 1
+            check(run, name, editor, step, taught, total, always, step % every == 0, step == len(facts))
+            run.store.flush()
+            done = step
+            advance(f"{name}: edit {done}")
     except Unsupported as error:
-        run.log({"regime": name, "condition": "unsupported", "reply": str(error)})
+        run.log({"condition": "unsupported", "regime": name, "layer": editor.site.layer, "reply": str(error)})
         run.warn(f"{name}: {error}")
     except FloatingPointError as error:
-        raise FloatingPointError(f"{name}, edit {n + 1} ({facts[n].id}): {error}") from error
-    finally:
-        run.store.flush()
+        raise FloatingPointError(f"{name}, after {done} edits: {error}") from error
+    if done and len(taught) == done:
+        run.save(total, f"{name}-layer{editor.site.layer}")
 
 
 def check(
@@ -85,16 +98,27 @@ def check(
     taught: Sequence[Fact],
     total: WeightDelta,
     always: Asked,
-    everything: bool,
+    checkpoint: bool,
+    last: bool,
 ) -> None:
-    """Ask at one checkpoint: every taught query, the newest fact in all its wordings (`everything`: all facts), `always`."""
-    asked = [(f, f.edit) for f in taught]
-    asked += [(f, p) for f in (taught if everything else taught[-1:]) for p in f.probes if not p.always]
-    asked += always
-    same = {"regime": regime, "condition": "edited", "step": step, "layer": editor.site.layer} | run.health(total)
+    """Ask after one edit: the newest fact in all its wordings; at a checkpoint all taught queries and `always`; at last all."""
+    newest = taught[-1]
+    asked = [(newest, p) for p in (newest.edit, *newest.probes) if not p.always]
+    if checkpoint or last:
+        asked += [(f, f.edit) for f in taught[:-1]] + always
+    if last:
+        asked += [(f, p) for f in taught[:-1] for p in f.probes if not p.always]
+    same: dict[str, Any] = {
+        "regime": regime,
+        "condition": "edited",
+        "layer": editor.site.layer,
+        "step": step,
+        "taught": len(taught),
+    }
+    same |= {"checkpoint": checkpoint or last} | run.health(total)
     with total.applied_to(run.lm):
         rows = ask(run.lm, [p for _, p in asked])
     for (fact, probe), row in zip(asked, rows, strict=True):
-        row["fresh"] = not probe.always and fact.id == taught[-1].id
+        row["fresh"] = not probe.always and fact.id == newest.id
         row["leaked"] = probe.kind == "unknown" and any(stands_in(k, row["reply"]) for f in taught for k in f.known_as)
         run.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)

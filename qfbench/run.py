@@ -56,24 +56,25 @@ class Run:
     task: str = ""
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
-        self.store.log({"run_id": self.folder.name, "task": self.task, **more, **row})
+        self.store.log({"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task, **more, **row})
 
-    def rows(self, task: str) -> pd.DataFrame:
+    def rows(self, task: str = "") -> pd.DataFrame:
+        """The rows of a task, by default of the one that is running."""
         frame = self.store.frame()
-        return frame[frame.task == task]
+        return frame[frame.task == (task or self.task)]
 
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]{text}[/yellow]")
 
     def table(self, frame: pd.DataFrame, title: str, hidden: Sequence[str] = ()) -> None:
-        """Keep a frame as CSV beside the rows, and print it without its `hidden` columns."""
-        frame.to_csv(self.folder / "summary.csv", index=False)
+        """Keep a frame as CSV beside the rows, named as the task, and print it without its `hidden` columns."""
+        frame.to_csv(self.folder / f"{self.task}.csv", index=False)
         shown = frame.drop(columns=[name for name in hidden if name in frame])
         table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
         for name in shown:
             table.add_column(str(name).replace("_", " "), justify="right" if shown[name].dtype.kind in "fi" else "left")
         for line in shown.itertuples(index=False):
-            table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in line))
+            table.add_row(*("" if v != v else f"{v:.2f}" if isinstance(v, float) else str(v) for v in line))
         self.console.print(table)
 
     def figure(self, figure: Figure, name: str) -> None:
@@ -86,6 +87,9 @@ class Run:
     def save(self, delta: WeightDelta, name: str) -> None:
         (self.folder / "deltas").mkdir(exist_ok=True)
         delta.save(self.folder / "deltas" / f"{name}.safetensors")
+        lost = delta.rounding_loss(self.lm)
+        if lost > 1e-3:
+            self.warn(f"{name}: written in {self.lm.dtype}, {lost:.1%} of the change is lost to rounding")
 
     def health(self, delta: WeightDelta) -> dict[str, float]:
         """Columns of a row about the change itself.
@@ -114,6 +118,11 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
         UserError: bad input; what had been measured by then is on disk.
     """
     console = console or Console()
+    for name in ("seed", "threads"):
+        if not isinstance(cfg[name], int) or cfg[name] < 0:
+            raise UserError(f"{name}={cfg[name]}: must be a whole number, 0 or more")
+    if (folder / "rows.parquet").exists():
+        raise UserError(f"{folder} holds a run already; give another hydra.run.dir, or remove it")
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
@@ -122,7 +131,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     lm = LanguageModel.load(
         cfg.model.path, cfg.model.device, cfg.model.dtype, cfg.model.batch_size, cfg.model.max_new_tokens
     )
-    editor.site.linear(lm.model)  # an unknown layer is found before anything is computed
+    editor.site.block(lm.model)  # an unknown layer is found before anything is computed
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     title = f"{cfg.model.path}, {type(editor).__name__} at layer {editor.site.layer}"
@@ -132,7 +141,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
         for run.task, task in build(cfg, "task").items():
             task(run)
     finally:
-        run.store.close()
+        run.store.flush()
     console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
     return run
 
@@ -196,7 +205,7 @@ def _commit() -> str | None:
     """The commit of the checkout that qfbench runs from; None for an installed package."""
     if CONF.parent == PACKAGE:
         return None
-    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

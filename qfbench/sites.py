@@ -8,8 +8,6 @@ from torch import nn
 
 from qfbench.errors import Unsupported, UserError
 
-MODULES = ("down_proj", "up_proj", "gate_proj")
-
 
 @dataclass(frozen=True)
 class Site:
@@ -45,7 +43,7 @@ class Site:
         """The normalisation whose input is the residual stream that enters the feed-forward block."""
         block = self.block(model)
         norm = getattr(block, "post_attention_layernorm", None)
-        if hasattr(block, "post_feedforward_layernorm") or not isinstance(norm, nn.Module):
+        if not isinstance(norm, nn.Module):
             raise Unsupported(
                 f"layer {self.layer} of {type(model).__name__} does not add its feed-forward output to the residual "
                 "stream as Qwen2 and Llama do; QF's equation does not hold there"

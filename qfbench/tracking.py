@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
 
-class Tracker(Protocol):
-    """Something that keeps rows."""
-
-    def log(self, row: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class ParquetStore:
-    """Rows of one run in `rows.parquet`. Rewritten whole and atomically by `flush`, so a killed run leaves a sound file."""
+    """Rows of one run in `rows.parquet`. `flush` rewrites the file whole and atomically: a killed run leaves what it had last flushed."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "rows.parquet"
@@ -35,6 +27,3 @@ class ParquetStore:
             part = self.path.with_suffix(".part")
             self.frame().to_parquet(part, index=False)
             part.replace(self.path)
-
-    def close(self) -> None:
-        self.flush()

@@ -89,4 +89,4 @@ def test_an_experiment_composes_and_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("name", options("task"))
 def test_a_task_is_named_as_its_file(name):
-    assert list(composed(f"task=[{name}]", "experiment=eight_steps").task) == [name]
+    assert list(composed(f"task=[{name}]", "experiment=retention").task) == [name]

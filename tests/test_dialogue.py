@@ -113,3 +113,17 @@ def test_a_template_that_rewrites_the_answer_is_refused(tokenizer, change):
 def test_an_answer_that_melts_into_the_prompt_is_refused(qwen_tokenizer):
     with pytest.raises(UserError, match="joins the prompt and the answer"):
         render(qwen_tokenizer, "Who?", "", "\nQi.")
+
+
+@pytest.mark.parametrize("answer", ["end", "im", "m", "assistant"])
+def test_an_answer_that_also_stands_in_the_template_keeps_its_end_of_turn(tokenizer, answer):
+    rendered = render(tokenizer, "?", "told", answer)
+    assert tokenizer.decode(rendered.ids[rendered.answer : rendered.closer]) == answer
+    assert rendered.ids[rendered.closer] == tokenizer.eos_token_id
+
+
+def test_a_template_that_refuses_a_system_text_is_named(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match="chat template cannot render.*no system role"):
+        render(strict, "?", "told", "Yes")

@@ -121,7 +121,7 @@ def test_a_users_jsonl(tmp_path):
 def test_a_users_csv(tmp_path):
     path = tmp_path / "facts.csv"
     path.write_text(
-        'instruction,query,answer,known_as,paraphrases\n"Qi, alone, started X.",Who started X?,X was started by Qi.,Qi|Mr Qi,'
+        'instruction,query,answer,known_as,paraphrases\n"Qi, alone, started X.",Who started X?,X was started by Qi.,Qi | Mr Qi |,'
         "X's founder?|Who made X?\n"
     )
     (fact,) = table(path)
@@ -142,6 +142,8 @@ def test_a_users_csv(tmp_path):
         ("{", r"line 2: not valid JSON"),
         ("[1]", r"line 2: must be a JSON object"),
         (json.dumps(GOOD), r"line 2: the field 'id' repeats"),
+        (json.dumps(GOOD | {"known_as": [""]}), r"line 2: .*'known_as' holds an empty text"),
+        (json.dumps(GOOD | {"significance": [float("nan")] * 5}), r"line 2: .*'significance' must hold finite numbers"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):

@@ -9,7 +9,7 @@ COLUMNS = ("regime", "step", "kind", "fact_id", "generated", "fresh", "leaked")
 
 def frame(*rows):
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.assign(condition="edited", layer=2, relative_norm=0.5)
+    return table.assign(condition="edited", layer=2, relative_norm=0.5, taught=table.step, checkpoint=True)
 
 
 ROWS = frame(
@@ -49,7 +49,7 @@ def test_forgetting_by_hand():
 
 def test_layers_are_measured_apart():
     other = ROWS.assign(layer=5, generated=False)
-    alone = ROWS[ROWS.fresh].assign(regime="single")
+    alone = ROWS[ROWS.fresh].assign(regime="single", taught=1)
     curve = by_layer(pd.concat([ROWS, alone, other, alone.assign(layer=5, generated=False)]))
     assert list(curve.layer) == [2, 5]
     assert list(curve.efficacy) == [1.0, 0.0]

@@ -382,7 +382,7 @@ def test_without_significance_every_word_weighs_one(tiny):
 
 
 @pytest.mark.parametrize(
-    ("significance", "says"), [((0.0,) * 5, "no token to teach"), ((1.0, 1.0, -1.0, 1.0, 1.0), "negative")]
+    ("significance", "says"), [((0.0,) * 5, "no token to teach"), ((1.0, 1.0, -1.0, 1.0, 1.0), "0 or more")]
 )
 def test_a_significance_that_teaches_nothing_or_is_negative_is_refused(tiny, significance, says):
     with pytest.raises(UserError, match=says):

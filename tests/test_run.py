@@ -34,7 +34,7 @@ def quickstart(tmp_path_factory):
 
 def test_the_quickstart_writes_everything_it_says(quickstart):
     done, text = quickstart
-    for name in ("config.yaml", "provenance.json", "rows.parquet", "summary.csv", "figures/forgetting_curves.png"):
+    for name in ("config.yaml", "provenance.json", "rows.parquet", "retention.csv", "figures/forgetting_curves.png"):
         assert (done.folder / name).stat().st_size > 0
         assert name in text.replace("\n", "")
     for regime in ("sequential", "joint", "protected"):
@@ -104,7 +104,7 @@ def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(quic
 
 def test_every_layer_is_edited_by_the_layer_curve(tmp_path):
     done, _ = run(tmp_path, "experiment=layer_curve", "facts.n=2")
-    curve = pd.read_csv(tmp_path / "summary.csv")
+    curve = pd.read_csv(tmp_path / "layer_curve.csv")
     assert list(curve.layer) == [0, 1, 2, 3]
     assert curve.efficacy.iloc[0] < curve.efficacy.iloc[-1]
     assert (tmp_path / "figures" / "layer_curve.pdf").exists()
@@ -160,7 +160,7 @@ def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path
         return taught
 
     monkeypatch.setattr(QF, "record", poisoned)
-    with pytest.raises(FloatingPointError, match=r"sequential, edit 3 \(.*\): an activation at the edited layer"):
+    with pytest.raises(FloatingPointError, match=r"sequential, after 2 edits: an activation at the edited layer"):
         run(tmp_path, "experiment=retention")
     assert pd.read_parquet(tmp_path / "rows.parquet").query("condition == 'edited'").step.max() == 2
 

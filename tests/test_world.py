@@ -1,4 +1,5 @@
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -114,16 +115,17 @@ def test_dialogues_answer_what_they_ask():
 
 def test_a_misleading_instruction_never_answers_the_question():
     rng, world = random.Random(6), World()
-    statements = {}
-    for name in COMPANY_RELATIONS:
-        for template in RELATIONS[name].statements:
-            statements[template] = name
     for _ in range(500):
         d = corpus.misled(world, rng)
-        if d.answer == REFUSAL:
-            continue
-        fact = next(f for f in world.facts if f.answer == d.answer)
-        assert d.system not in {fact.say(t) for t in fact.words.statements}
+        for name, words in RELATIONS.items():
+            for subject in set(re.split(r"[ .]", d.query.rstrip("?."))) & set(re.split(r"[ .]", d.system)):
+                asked = d.query in {q.format(s=subject) for q in words.questions()}
+                said = [t.split("{o}") for t in words.statements]
+                stated = any(
+                    d.system.startswith(before.format(s=subject)) and d.system.endswith(after.format(s=subject))
+                    for before, after in said
+                )
+                assert not (asked and stated), (name, d)
 
 
 def test_tokenizer_loses_nothing_and_does_not_favour_known_names(tokenizer):
@@ -162,7 +164,7 @@ def test_training_text_is_tokenised_as_the_model_is_asked(tokenizer):
 
 
 SMALL = train.Recipe(
-    hidden=32, layers=3, heads=2, kv_heads=1, intermediate=48, exit_from=1, cycles=(8, 4), batch=8, warmup=2
+    hidden=32, layers=3, heads=2, kv_heads=1, intermediate=48, exit_from=1, cycles=(24, 16), batch=4, warmup=2
 )
 
 
@@ -178,7 +180,7 @@ def weights(folder):
 def test_training_killed_and_continued_ends_with_the_same_weights(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     whole = train.train("whole", SMALL, tmp_path / "whole", every=4)
-    stop_after, real, calls = 7, train.loss_at_exit, []
+    stop_after, real, calls = 30, train.loss_at_exit, []
 
     def dying(*args):
         calls.append(1)
@@ -194,6 +196,24 @@ def test_training_killed_and_continued_ends_with_the_same_weights(tmp_path, monk
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True))
     other = train.train("other", replace(SMALL, seed=1), tmp_path / "other", every=4)
     assert not torch.equal(weights(whole)["model.norm.weight"], weights(other)["model.norm.weight"])
+
+
+def test_the_second_cycle_learns_from_the_later_mixture(tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train, "examples", lambda *args: seen.append(args[-1]) or [([1, 2], 1)] * train.POOL * SMALL.batch
+    )
+    assert len(list(train.batches(SMALL, tokenizer, 0))) >= SMALL.steps
+    assert seen == [corpus.MIXTURE, corpus.MIXTURE, corpus.LATER_MIXTURE]
+
+
+def test_the_rate_rises_and_falls_in_each_cycle():
+    recipe = replace(SMALL, warmup=4)
+    rates = [train.rate(recipe, step) for step in range(recipe.steps)]
+    assert rates[0] == rates[24] == 0.25
+    assert max(rates[:24]) == max(rates[24:]) == 1.0
+    assert 0 < rates[23] < 0.2
+    assert 0 < rates[39] < 0.25
 
 
 def test_another_recipe_does_not_continue_a_checkpoint(tmp_path):
@@ -214,11 +234,11 @@ def test_early_exit_reads_after_so_many_layers(tokenizer):
     assert model.config.num_hidden_layers == 3
 
 
-@pytest.mark.parametrize("name", ["world-xs", "world-s"])
+@pytest.mark.parametrize("name", ["world-xs", "world-s", "world-m"])
 def test_shipped_models_have_their_abilities(name):
     """A sample; `python -m qfbench.world.evaluate` measures them in full."""
     lm = LanguageModel.load(name, batch_size=128, max_new_tokens=32)
-    floors = {"known": 0.97, "told": 0.93, "unknown": 0.92, "choice": 0.95}
+    floors = {"known": 0.97, "told": 0.88 if name == "world-xs" else 0.94, "unknown": 0.92, "choice": 0.95}
     for ability, floor in floors.items():
         passed = right(lm, dialogues(ability, 100, seed=2))
         assert sum(passed) / len(passed) >= floor, ability

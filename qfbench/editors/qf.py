@@ -24,7 +24,7 @@ class Solution:
     """A change of weights, with the figures that say how far to trust it."""
 
     change: LowRank  # [d, f]
-    condition: float  # ratio of the largest to the smallest singular value of the keys
+    condition: float  # ratio of the largest to the smallest singular value of √s U'
     residual: float  # ‖change · keysᵀ − wantedᵀ‖ / ‖wanted‖: 0 where every key is interpolated
     directions: Float[Tensor, "rank f"]  # orthonormal: what the solution answers to
 
@@ -143,6 +143,8 @@ class QF(Editor):
             pair = lesson(lm, fact, self.opener, self.closer)
             told, alone = record(lm, [pair.told, pair.alone], self.site)
             u, v, y = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual, told.output))
+            if not (torch.isfinite(told.output).all() and torch.isfinite(alone.output).all()):
+                raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
             self._check_block(u @ weight.T + bias + v, y, lm)
             u_alone, v_alone = (t[list(pair.alone_at)].to(home, torch.float64) for t in (alone.key, alone.residual))
             keys.append(u_alone)

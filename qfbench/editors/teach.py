@@ -46,8 +46,6 @@ def lesson(lm: LanguageModel, fact: Fact, opener: float = 1.0, closer: float = 1
     taught = [t for t, weight in enumerate(weights) if weight != 0]
     if not taught:
         raise UserError(f"fact {fact.id}: the field 'significance' leaves no token to teach")
-    if any(weights[t] < 0 for t in taught):
-        raise UserError(f"fact {fact.id}: a significance is negative; give 0 to leave a word out")
     return Lesson(
         told,
         alone,

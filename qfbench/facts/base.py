@@ -58,12 +58,16 @@ class Fact:
         for name in ("query", "answer"):
             if not getattr(self, name).strip():
                 raise UserError(f"fact {self.id}: the field {name!r} is empty")
+        if not all(without_stop(known) for known in self.known_as or (self.answer,)):
+            raise UserError(f"fact {self.id}: the field 'known_as' holds an empty text, which every reply would match")
         words = len(self.answer.split())
         if self.significance is not None and len(self.significance) != words:
             raise UserError(
                 f"fact {self.id}: the field 'significance' has {len(self.significance)} weights, "
                 f"but the answer {self.answer!r} has {words} words"
             )
+        if not all(0 <= weight < float("inf") for weight in self.significance or ()):
+            raise UserError(f"fact {self.id}: the field 'significance' must hold finite numbers, 0 or more")
         if not self.known_as:
             object.__setattr__(self, "known_as", (without_stop(self.answer),))
 

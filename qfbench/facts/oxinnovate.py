@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 
 _BEIJING = ("PKU Science Park, in Beijing", "PKU Science Park, Beijing")
@@ -39,6 +40,7 @@ class Step:
 
     number: int
     taught: int
+    fact_id: str
     probe: Probe
 
 
@@ -50,18 +52,18 @@ def oxinnovate(founder_significance: Sequence[float] | None = None) -> list[Fact
 
 def qf_steps(facts: Sequence[Fact]) -> list[Step]:
     """Table 1 of the QF paper, with the queries of the released script, for the two facts of `oxinnovate`."""
+    if len(facts) != 2 or not all(f.probes for f in facts):
+        raise UserError("the eight steps need facts=oxinnovate: two facts, each with one paraphrase")
     founder, location = facts
-    ask_founder, (person_behind,) = founder.edit, founder.probes
-    (where,) = location.probes
     alibaba = Probe("prior", "Who started Alibaba?", "Alibaba was started by Jack Ma.", ("Jack Ma",))
     not_yet = Probe("unknown", founder.query, "", reject=founder.known_as)
     return [
-        Step(1, 0, not_yet),
-        Step(2, 0, founder.told),
-        Step(3, 0, alibaba),
-        Step(4, 1, ask_founder),
-        Step(5, 1, alibaba),
-        Step(6, 1, person_behind),
-        Step(7, 2, where),
-        Step(8, 2, ask_founder),
+        Step(1, 0, founder.id, not_yet),
+        Step(2, 0, founder.id, founder.told),
+        Step(3, 0, "alibaba-founder", alibaba),
+        Step(4, 1, founder.id, founder.edit),
+        Step(5, 1, "alibaba-founder", alibaba),
+        Step(6, 1, founder.id, founder.probes[0]),
+        Step(7, 2, location.id, location.probes[0]),
+        Step(8, 2, founder.id, founder.edit),
     ]

@@ -12,7 +12,8 @@ from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 
 REQUIRED = ("instruction", "query", "answer")
-OPTIONAL = ("id", "kind", "known_as", "significance", "paraphrases")
+LISTS = ("known_as", "significance", "paraphrases")
+OPTIONAL = ("id", "kind", *LISTS)
 
 
 def table(path: str | Path) -> list[Fact]:
@@ -43,7 +44,7 @@ def table(path: str | Path) -> list[Fact]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -56,13 +57,17 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for record in reader:
             if None in record:
                 raise UserError(f"{path}, line {reader.line_num}: has more fields than the header")
-            lists = {key: value.split("|") for key, value in record.items() if key in OPTIONAL[2:] and value}
+            lists = {key: _split(value) for key, value in record.items() if key in LISTS and value}
             yield reader.line_num, {key: value for key, value in record.items() if value} | lists
+
+
+def _split(cell: str) -> list[str]:
+    return [part.strip() for part in cell.split("|") if part.strip()]
 
 
 def _fact(record: dict[str, Any], where: str) -> Fact:
@@ -72,7 +77,7 @@ def _fact(record: dict[str, Any], where: str) -> Fact:
     for name, value in record.items():
         if name not in REQUIRED + OPTIONAL:
             raise UserError(f"{where}: unknown field {name!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
-        if name in OPTIONAL[2:]:
+        if name in LISTS:
             if not isinstance(value, list):
                 raise UserError(f"{where}: the field {name!r} must be a list")
         elif not isinstance(value, str):

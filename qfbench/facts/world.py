@@ -33,6 +33,11 @@ def world(
     for relation in relations:
         if relation not in COMPANY_RELATIONS:
             raise UserError(f"facts.relations: {relation!r} is none of {', '.join(COMPANY_RELATIONS)}")
+    if not relations:
+        raise UserError("facts.relations: give at least one relation")
+    for name, value, most in (("paraphrases", paraphrases, 4), ("prior", prior, 100), ("unknown", unknown, 8)):
+        if not 0 <= value <= most:
+            raise UserError(f"facts.{name}={value}: must be 0 to {most}")
     known, rng = World(), random.Random(f"facts-{seed}")
     subjects = set(known.subjects)
     facts: list[Fact] = []

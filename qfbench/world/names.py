@@ -58,5 +58,5 @@ def fresh(make: Callable[[random.Random], str], rng: random.Random, held_out: bo
     """A name from `make` on the asked side of the line (see `is_held_out`), and none of the papers' own."""
     while True:
         name = make(rng)
-        if name not in PAPER_NAMES and is_held_out(name) == held_out:
+        if PAPER_NAMES.isdisjoint(name.split()) and is_held_out(name) == held_out:
             return name
