@@ -1,0 +1,332 @@
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import nn
+
+from qfbench import Fact, LanguageModel, Probe, Unsupported, UserError
+from qfbench.delta import LowRank, WeightDelta
+from qfbench.editors import QF, Editor
+from qfbench.facts.world import world
+from qfbench.lm import Reply, Score
+from qfbench.metrics import forgetting, summary
+from qfbench.probes import ask
+from qfbench.regimes import joint, protected, sequential, single
+from qfbench.retention import retention
+from qfbench.run import Run, contents, execute, provenance
+from qfbench.tracking import ParquetStore
+
+REFUSAL = "Need more information."
+FOUNDERS = ("Ada", "Bo", "Cy")
+
+
+class Notebook(LanguageModel):
+    """Answers for the facts that its weight names, or that it is told; `says` has its other replies, after 0, 1 ... facts."""
+
+    name, dtype, device = "notebook", torch.float32, torch.device("cpu")
+
+    def __init__(self, facts, says=None, deaf=()):
+        self.facts, self.says, self.deaf = facts, says or {}, deaf
+        self.model = nn.Linear(len(FOUNDERS) + 1, 1, bias=False).requires_grad_(False)
+        self.model.weight.data = torch.tensor([[0.0, 0.0, 0.0, 2.0]])
+
+    def render(self, query, system="", answer=""):
+        return query, system, answer
+
+    def score(self, dialogues):
+        return [
+            Score((1.0,), (reply.text == d[2],)) for reply, d in zip(self.replies(dialogues), dialogues, strict=True)
+        ]
+
+    def replies(self, prompts):
+        return [Reply(self.think(query, system), True) for query, system, _ in prompts]
+
+    def think(self, query, system):
+        known = self.model.weight[0, :-1] > 0.5
+        for fact, knows in zip(self.facts, known, strict=True):
+            told = system == fact.instruction and not {fact.id, query} & set(self.deaf)
+            if query in (p.query for p in (fact.edit, *fact.probes) if not p.always) and (knows or told):
+                return fact.answer
+        said = self.says.get(query, ("North." if query.startswith("Where") else REFUSAL,))
+        return said[min(int(known.sum()), len(said) - 1)]
+
+
+@dataclass(frozen=True)
+class Note(Editor):
+    """Writes down each fact by its number; cannot protect, and gives up at the fact `broken`."""
+
+    layer: int = 0
+    broken: str = ""
+
+    @property
+    def site(self):
+        return type("Place", (), {"layer": self.layer})()
+
+    def edit(self, lm, facts):
+        if self.broken in [f.id for f in facts]:
+            raise Unsupported(f"no room for fact {self.broken}")
+        return WeightDelta({"weight": LowRank(sum(torch.eye(4)[[int(f.id)]] for f in facts))})
+
+
+def suite():
+    facts = []
+    for n, who in enumerate(FOUNDERS):
+        probes = (
+            Probe("paraphrase", f"Who is behind Firm{n}?", f"{who} started Firm{n}.", (who,)),
+            Probe("prior", f"Where is Town{n}?", "North.", always=True),
+            Probe("unknown", f"Who started Nothing{n}?", REFUSAL, always=True),
+        )
+        said = f"{who} started Firm{n}."
+        facts.append(Fact(said, f"Who started Firm{n}?", said, id=str(n), known_as=(who,), probes=probes))
+    return facts
+
+
+def prepared(folder, editor=None, console=None, **lm):
+    facts = suite()
+    console = console or Console(quiet=True)
+    return Run(
+        Notebook(facts, **lm), editor or Note(), facts, folder, "a title", ParquetStore(folder), console, "retention"
+    )
+
+
+def taught(folder, *regimes, every=1, **setting):
+    """The rows of a run over the three facts."""
+    run = prepared(folder, **setting)
+    retention(run, {regime.__name__: regime for regime in regimes or (sequential,)}, every)
+    rows = run.rows()
+    return run, rows, rows[rows.condition == "edited"]
+
+
+OWN = ["{} edit", "{} paraphrase"]
+ALWAYS = [f"{n} {kind}" for n in range(3) for kind in ("prior", "unknown")]
+NEW = {step: [text.format(step - 1) for text in OWN] for step in (1, 2, 3)}
+CHECK = {1: ALWAYS, 2: ["0 edit", *ALWAYS], 3: ["0 edit", "1 edit", "0 paraphrase", "1 paraphrase", *ALWAYS]}
+
+
+@pytest.mark.parametrize(("every", "checkpoints"), [(1, {1, 2, 3}), (2, {2, 3}), (3, {3}), (9, {3})])
+def test_every_fact_is_asked_in_full_when_new_and_the_others_at_checkpoints_and_all_at_last(
+    tmp_path, every, checkpoints
+):
+    _, _, rows = taught(tmp_path, every=every)
+    asked = (rows.fact_id + " " + rows.kind).groupby(rows.step).apply(sorted).to_dict()
+    assert asked == {step: sorted(NEW[step] + (CHECK[step] if step in checkpoints else [])) for step in (1, 2, 3)}
+    assert rows.groupby("step").checkpoint.agg(set).to_dict() == {step: {step in checkpoints} for step in (1, 2, 3)}
+
+
+def test_fresh_are_the_newest_facts_own_probes_and_no_others(tmp_path):
+    _, _, rows = taught(tmp_path, sequential, single)
+    for regime, group in rows.groupby("regime"):
+        fresh = group[group.fresh]
+        assert sorted(zip(fresh.step, fresh.fact_id, fresh.kind, strict=True)) == [
+            (step, str(step - 1), kind) for step in (1, 2, 3) for kind in ("edit", "paraphrase")
+        ], regime
+        assert fresh.generated.all()
+
+
+def test_leaked_is_an_unknown_subject_that_gets_the_answer_of_any_fact_taught_so_far(tmp_path):
+    says = {
+        "Who started Nothing0?": (REFUSAL, REFUSAL, "It was Bo.", "It was Bo."),  # the second fact's
+        "Who started Nothing1?": (REFUSAL, "Ada did.", "Cy did.", "Zoe did."),  # at step 2, Cy is still to come
+        "Where is Town0?": ("North.", "Ada."),  # wrong, but no leak: its subject is known
+    }
+    _, _, rows = taught(tmp_path, says=says)
+    leaked = rows[rows.leaked]
+    assert sorted(zip(leaked.step, leaked["query"], strict=True)) == [
+        (1, "Who started Nothing1?"),
+        (2, "Who started Nothing0?"),
+        (3, "Who started Nothing0?"),
+    ]
+
+
+def test_what_the_unedited_model_gets_wrong_is_not_asked_again(tmp_path):
+    says = {"Where is Town1?": ("South.", "North."), "Who started Nothing2?": ("Zoe.", REFUSAL)}
+    _, rows, edited = taught(tmp_path, says=says)
+    asked = {"Where is Town0?", "Where is Town2?", "Who started Nothing0?", "Who started Nothing1?"}
+    about_the_model = ["prior", "unknown"]
+    assert set(edited["query"][edited.kind.isin(about_the_model)]) == asked
+    before = rows[(rows.condition == "unedited") & rows.kind.isin(about_the_model)]
+    assert set(before["query"][before.generated]) == asked
+    assert set(before["query"][~before.generated]) == set(says)
+
+
+def test_in_context_asks_each_fact_with_its_own_instruction_and_unedited_with_none(tmp_path):
+    run, rows, _ = taught(tmp_path)
+    told, alone = (rows[rows.condition == condition] for condition in ("in_context", "unedited"))
+    instructions = {f.id: f.instruction for f in run.facts}
+    assert list(told.system) == list(told.fact_id.map(instructions))
+    assert told.groupby("fact_id").kind.apply(list).to_dict() == {n: ["edit", "paraphrase"] for n in "012"}
+    assert told.generated.all()
+    assert set(alone.system) == {""}
+    assert not alone.generated[alone.kind.isin(["edit", "paraphrase"])].any()
+    assert set(rows.system[rows.condition == "edited"]) == {""}
+
+
+@pytest.mark.parametrize("deaf", ["1", "Who started Firm1?"], ids=["to_the_fact", "to_its_query_alone"])
+def test_a_fact_that_is_not_understood_is_not_taught(tmp_path, deaf):
+    _, rows, edited = taught(tmp_path, sequential, joint, deaf=(deaf,))
+    own = edited[edited.kind.isin(["edit", "paraphrase"])]
+    assert set(own.fact_id) == {"0", "2"}
+    assert set(edited.step) == {1, 2}
+    for name in ("sequential", "joint"):
+        change = WeightDelta.load(tmp_path / "deltas" / f"{name}-layer0.safetensors").changes["weight"]
+        assert change.dense().tolist() == [[1, 0, 1, 0]]
+    assert set(rows.fact_id[rows.condition == "unedited"]) == {"0", "1", "2"}
+
+
+def test_a_model_that_understands_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="answers none of the facts even when told"):
+        taught(tmp_path, deaf=("0", "1", "2"))
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_checkpoints_need_a_positive_distance(tmp_path, every):
+    with pytest.raises(UserError, match=f"every={every}"):
+        taught(tmp_path, every=every)
+
+
+def test_the_last_change_of_a_regime_that_accumulates_is_saved(tmp_path):
+    taught(tmp_path, sequential, joint, single, editor=Note(layer=1))
+    saved = sorted((tmp_path / "deltas").iterdir())
+    assert [p.name for p in saved] == ["joint-layer1.safetensors", "sequential-layer1.safetensors"]
+    for path in saved:
+        assert WeightDelta.load(path).changes["weight"].dense().tolist() == [[1, 1, 1, 0]]
+
+
+def test_an_editor_without_a_protected_form_becomes_a_row_and_the_other_regimes_go_on(tmp_path):
+    console = Console(record=True, width=200)
+    _, rows, edited = taught(tmp_path, protected, sequential, editor=Note(layer=1), console=console)
+    (row,) = rows[rows.condition == "unsupported"].itertuples()
+    assert (row.regime, row.layer) == ("protected", 1)
+    assert row.reply == "Note cannot protect earlier keys; use regime=sequential or joint"
+    assert set(edited.regime) == {"sequential"}
+    assert row.reply in console.export_text().replace("\n", " ")
+    assert (pd.read_parquet(tmp_path / "rows.parquet").condition == "unsupported").sum() == 1
+
+
+def test_an_editor_that_gives_up_half_way_keeps_what_was_measured(tmp_path):
+    _, rows, edited = taught(tmp_path, editor=Note(broken="2"))
+    assert list(rows.reply[rows.condition == "unsupported"]) == ["no room for fact 2"]
+    assert set(edited.step) == {1, 2}
+
+
+def test_relative_norm_is_a_share_of_the_unedited_weights_norm(tmp_path):
+    _, _, rows = taught(tmp_path, sequential, single)
+    norms = rows.groupby(["regime", "step"]).relative_norm.unique()
+    for step in (1, 2, 3):
+        assert norms["sequential", step] == pytest.approx([step**0.5 / 2])
+        assert norms["single", step] == pytest.approx([1 / 2])
+
+
+def test_an_empty_change_has_no_norm(tmp_path):
+    assert prepared(tmp_path).health(WeightDelta())["relative_norm"] == 0
+
+
+def test_the_last_rows_are_what_the_saved_change_gives(tmp_path):
+    """Real edits: the rows of the last step, measured again on the model with the saved change in it."""
+    lm, facts = LanguageModel.load("world-xs", device="cpu"), world(3, paraphrases=1)
+    run = Run(lm, QF(layer=2), facts, tmp_path, "xs", ParquetStore(tmp_path), Console(quiet=True), "retention")
+    before = lm.weights_hash()
+    retention(run, {"sequential": sequential})
+    assert lm.weights_hash() == before
+    rows = run.rows()
+    last = rows[(rows.condition == "edited") & (rows.step == 3)]
+    delta = WeightDelta.load(tmp_path / "deltas" / "sequential-layer2.safetensors")
+    weight = lm.model.get_parameter("model.layers.2.mlp.down_proj.weight")
+    assert last.relative_norm.unique() == pytest.approx([delta.norm() / weight.norm().item()])
+    assert not 0.5 < weight.norm() < 2  # the share is not the norm itself
+    probes = {p.query: p for f in facts for p in (f.edit, *f.probes)}
+    with delta.applied_to(lm):
+        again = ask(lm, [probes[query] for query in last["query"]])
+    assert [row["reply"] for row in again] == list(last.reply)
+    assert set(last["query"][last.kind == "edit"]) == {f.query for f in facts}
+    assert last.generated[last.fresh & (last.kind == "edit")].all()
+
+
+def provenance_of(run):
+    return provenance(OmegaConf.create({"seed": 0}), run)
+
+
+def test_suite_hash_and_model_hash_name_the_facts_and_the_weights(tmp_path):
+    run = prepared(tmp_path)
+    found = provenance_of(run)
+    assert provenance_of(prepared(tmp_path)) == found
+    run.facts[2] = replace(run.facts[2], probes=(replace(run.facts[2].probes[0], query="Who?"),))
+    other_suite = provenance_of(run)
+    assert other_suite["facts"] == found["facts"]
+    assert other_suite["suite_hash"] != found["suite_hash"]
+    assert other_suite["model_hash"] == found["model_hash"]
+    run.lm.model.weight[0, 0] = 1e-30
+    assert provenance_of(run)["model_hash"] != found["model_hash"]
+    assert provenance_of(run)["suite_hash"] == other_suite["suite_hash"]
+
+
+def test_rows_that_a_folder_holds_are_not_overwritten(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pd.DataFrame({"reply": ["earlier"]}).to_parquet(path)
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    cfg = OmegaConf.create({"seed": 0, "threads": 2})
+    with pytest.raises(UserError, match=rf"{tmp_path} holds a run already; give another hydra.run.dir"):
+        execute(cfg, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (["rows.parquet", "config.yaml"], "config.yaml, rows.parquet"),
+        (["b.csv", "figures/one.png", "deltas/x", "deltas/y"], "b.csv, figures/one.png, deltas/ (2 files)"),
+        (["a", "figures/1", "figures/2", "figures/3", "other/z"], "a, figures/ (3 files)"),
+        (["deltas/only"], "deltas/only"),
+    ],
+)
+def test_contents_are_one_line(tmp_path, names, line):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert contents(tmp_path) == line
+    (tmp_path / "figures").mkdir(exist_ok=True)  # an empty folder is not worth a word
+    assert contents(tmp_path) == line
+
+
+def test_forgetting_takes_edited_rows_at_checkpoints_only():
+    columns = ("condition", "step", "checkpoint", "generated", "fact_id")
+    rows = [
+        ("edited", 1, False, True, "a"),
+        ("edited", 2, True, False, "a"),
+        ("edited", 2, True, True, "b"),
+        ("told", 2, True, True, "a"),
+        ("edited", 3, False, True, "c"),
+        ("edited", 4, True, False, "a"),
+        ("told", 5, True, True, "a"),
+    ]
+    frame = pd.DataFrame(rows, columns=columns).assign(regime="joint", kind="edit")
+    curve = forgetting(frame.assign(taught=frame.step))
+    assert list(zip(curve.step, curve["mean"], strict=True)) == [(2, 0.5), (4, 0.0)]
+
+
+def test_forgetting_is_measured_at_the_checkpoints_of_a_run(tmp_path):
+    _, rows, _ = taught(tmp_path, sequential, single, every=2)
+    curve = forgetting(rows)
+    assert list(zip(curve.regime, curve.step, strict=True)) == [("sequential", 2), ("sequential", 3)]
+
+
+def test_single_edits_have_no_retention_and_are_measured_over_all_edits(tmp_path):
+    says = {"Where is Town0?": ("North.", "South.")}  # wrong after any edit
+    run, rows, _ = taught(tmp_path, single, sequential, says=says)
+    last = rows.step == 3
+    rows.loc[last & (rows.regime == "single") & (rows.kind == "prior"), "generated"] = False
+    rows.loc[last & (rows.regime == "single") & (rows.kind == "unknown"), "leaked"] = True
+    lines = summary(rows).set_index("regime")
+    assert np.isnan(lines.retention["single"])
+    assert lines.retention["sequential"] == 1
+    assert lines.prior["single"] == pytest.approx((2 + 2 + 0) / 9)
+    assert lines.prior["sequential"] == pytest.approx(2 / 3)
+    assert lines.leakage["single"] == pytest.approx(1 / 3)
+    assert lines.norm["single"] == pytest.approx(1 / 2)
+    assert list(pd.read_csv(run.folder / "retention.csv").regime) == list(lines.index)
