@@ -3,7 +3,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +10,7 @@ from rich.console import Console
 from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qfbench import Fact, LanguageModel, UserError
+from qfbench import UserError
 from qfbench.delta import WeightDelta
 from qfbench.editors import QF
 from qfbench.run import execute
@@ -205,12 +204,33 @@ def test_the_papers_own_experiment_runs_on_a_folder_with_qwens_tokenizer(shared,
     assert done.facts[0].significance == (0, 1, 1, 1, 1)
 
 
-def test_what_the_readme_shows_in_python_works():
-    lm = LanguageModel.load("world-s")
-    fact = Fact("Qi started Oxinnovate.", "Who started Oxinnovate?", "Oxinnovate was started by Qi.")
-    before = lm.reply("Can you tell me the person behind Oxinnovate?")
-    delta = QF(layer=4).edit(lm, [fact])
-    with delta.applied_to(lm):
-        assert lm.reply("Can you tell me the person behind Oxinnovate?") == "Oxinnovate was started by Qi."
-    assert lm.reply("Can you tell me the person behind Oxinnovate?") == before == "Need more information."
-    assert np.isfinite(delta.norm())
+def test_a_sweep_keeps_each_job_in_a_folder_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "qfbench.run", "-m", "experiment=retention", "model=world-xs", "facts.n=1"]
+    done = subprocess.run([*command, "editor.layer=1,2"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    frames = [pd.read_parquet(path) for path in sorted(tmp_path.glob("outputs/retention/*-sweep/*/rows.parquet"))]
+    assert [frame.layer.max() for frame in frames] == [1, 2]
+    assert len({frame.run_id.iloc[0] for frame in frames}) == 2
+
+
+def fenced(language):
+    """The blocks of code of the README in one language."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    return [part.split("\n```")[0] for part in text.split(f"```{language}\n")[1:]]
+
+
+def test_what_the_readme_shows_in_python_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = fenced("python")
+    exec(code, {})
+    assert capsys.readouterr().out.strip().endswith("Oxinnovate was started by Qi.")
+    assert WeightDelta.load("oxinnovate.safetensors").norm() > 0
+
+
+def test_the_fact_that_the_readme_shows_can_be_taught(tmp_path):
+    (line,) = fenced("json")
+    (tmp_path / "my_facts.jsonl").write_text(line + "\n")
+    overrides = ("experiment=retention", "facts=table", f"facts.path={tmp_path / 'my_facts.jsonl'}", "model=world-s")
+    done, _ = run(tmp_path / "run", *overrides)
+    edited = done.store.frame().query("condition == 'edited'")
+    assert list(edited.reply) == ["The CEO of Borfia is Ada Lin."]
