@@ -42,9 +42,7 @@ class Recipe:
     kv_heads: int
     intermediate: int
     exit_from: int  # fewest layers a batch may run through
-    cycles: tuple[
-        int, ...
-    ]  # steps of each rise and fall of the rate; `corpus.MIXTURE` in the first, then `LATER_MIXTURE`
+    cycles: tuple[int, ...]  # steps of each rise and fall of the rate; text by `corpus.MIXTURE`, then `LATER_MIXTURE`
     batch: int = 128
     lr: float = 3e-3
     adam_lr: float = 3e-3
