@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 def interval(values: ArrayLike, clusters: ArrayLike, draws: int = 1000, level: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of a mean, resampling whole clusters (all values of one fact together).
 
-    With one cluster, or where all clusters have the same mean, the interval has no width: it says nothing then.
+    With one cluster, or where all clusters have the same mean, the interval has no width and says nothing.
     """
     frame = pd.DataFrame({"value": np.asarray(values, float), "cluster": np.asarray(clusters)})
     sums = frame.groupby("cluster")["value"].agg(["sum", "count"]).to_numpy()
