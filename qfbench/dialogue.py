@@ -62,7 +62,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, query: str, system: str, answer:
     """The text before the opener, the opener, what leads into the answer, and the text after the answer."""
     if tokenizer.chat_template is None:
         start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
-        return f"{start}system: {system}\nuser: {query}\n", "assistant:", " ", tokenizer.eos_token or "\n"
+        return f"{start}system: {system}\nuser: {query}\n", "assistant:", " ", "\n"
     asked = [{"role": "system", "content": system}, {"role": "user", "content": query}]
 
     def rendered(messages: list[dict[str, str]], prompt: bool = False) -> str:

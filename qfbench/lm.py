@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from qfbench.dialogue import Rendering, render
 from qfbench.errors import UserError
+from qfbench.qft import difference
+from qfbench.qft.layer import with_firing_layers
 
 BUILT_IN = Path(__file__).parent / "world" / "models"
 
@@ -51,11 +55,21 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, name: str | Path, device: str = "auto", dtype: str = "auto", batch_size: int = 64, max_new_tokens: int = 48
+        cls,
+        name: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 64,
+        max_new_tokens: int = 48,
+        firing: Mapping[str, Any] | None = None,
+        plain: bool = False,
     ) -> LanguageModel:
         """Load a built-in model by name, a folder in Hugging Face form, or a model of the hub by its id.
 
         `device="auto"` takes CUDA where it is; `dtype="auto"` is bfloat16 on CUDA and float32 on a CPU.
+        `firing={"layers": [23], "beta": 10}` runs layers as firing blocks that the folder stores under a stock family's name,
+        as the published QF2 weights do; models converted here say so themselves. `plain` renders dialogues as plain
+        `role: text` lines, though the tokenizer has a chat template.
 
         Raises:
             UserError: there is no such model, device or dtype, or its files cannot be read.
@@ -73,13 +87,21 @@ class LanguageModel:
         if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
             raise UserError(f"model.dtype={dtype}: not a floating-point type; use auto, float32, bfloat16 or float16")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype).to(device).eval()  # type: ignore[arg-type]
+            base = difference.base_of(source)
+            tokenizer = AutoTokenizer.from_pretrained(find(base) if base else source)
+            model = AutoModelForCausalLM.from_pretrained(find(base) if base else source, dtype=torch_dtype)
+            if base:
+                model = difference.apply(model, source)
+            if firing:
+                model = with_firing_layers(model, list(firing["layers"]), firing["beta"])
+            model = model.to(device).eval()  # type: ignore[arg-type]
         except (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError, SafetensorError) as error:
             what = f"cannot load the model {source!r} on {device}"
             if not Path(source).is_dir():
                 what += ", which is no folder here and was looked for on the hub"
             raise UserError(f"{what}: {_first_line(error)}") from error
+        if plain:
+            tokenizer.chat_template = None
         return cls(model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens)
 
     @property
@@ -133,14 +155,26 @@ class LanguageModel:
         return [out[i] for i in range(len(dialogues))]
 
     def _stops(self) -> set[int]:
-        """Tokens that end a turn: the end of text, and what the chat template puts after an answer."""
+        """Tokens that end a turn: the end of text, and what the template puts after an answer.
+
+        Without a chat template that is a line break, alone or as the end of a longer token (".\n").
+        """
         declared = self.model.generation_config.eos_token_id
         stops = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-        answered = self.render("?", answer="Yes")
-        return {i for i in (*stops, *answered.ids[answered.closer : answered.closer + 1]) if i is not None}
+        if self.tokenizer.chat_template is None:
+            stops |= self._line_ends
+        else:
+            answered = self.render("?", answer="Yes")
+            stops |= set(answered.ids[answered.closer : answered.closer + 1])
+        return {i for i in stops if i is not None}
+
+    @cached_property
+    def _line_ends(self) -> frozenset[int]:
+        texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        return frozenset(i for i, text in enumerate(texts) if "\n" in text)
 
     def _decode(self, prompts: list[tuple[int, ...]]) -> list[Reply]:
-        stops = self._stops()
+        stops, plain = self._stops(), self.tokenizer.chat_template is None
         ids, mask = self._padded(prompts, side="left")
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
@@ -152,9 +186,10 @@ class LanguageModel:
             ).logits
             chosen = self._finite(logits)[:, -1].argmax(-1)
             for row, token in enumerate(chosen.tolist()):
-                if not ended[row] and token in stops:
-                    ended[row] = True
-                elif not ended[row]:
+                if ended[row]:
+                    continue
+                ended[row] = token in stops
+                if not ended[row] or (plain and token in self._line_ends):  # ".\n" ends a line with text of its own
                     said[row].append(token)
             if all(ended):
                 break

@@ -17,9 +17,10 @@ from qfbench.sites import Site
 
 @dataclass(frozen=True)
 class Activations:
-    """What QF reads at every position of one dialogue, in the model's dtype."""
+    """What editors read at every position of one dialogue, in the model's dtype."""
 
-    key: Float[Tensor, "tokens f"]  # u: the input of down_proj
+    input: Float[Tensor, "tokens d"]  # x: the normalised input of the feed-forward block
+    key: Float[Tensor, "tokens f"]  # u: the input of down_proj; in a firing block y = σ(β W x)
     residual: Float[Tensor, "tokens d"]  # v: the residual stream entering the feed-forward block
     output: Float[Tensor, "tokens d"]  # of the decoder layer: W u + v where QF applies
 
@@ -30,8 +31,8 @@ class _Done(Exception):
 
 @contextmanager
 def reading(lm: LanguageModel, site: Site) -> Iterator[dict[str, list[Tensor]]]:
-    """While open, every forward pass appends its `key`, `residual` and `output`, each `[batch, tokens, .]`, at the site."""
-    seen: dict[str, list[Tensor]] = {"key": [], "residual": [], "output": []}
+    """While open, every forward pass appends its `input`, `key`, `residual` and `output`, each `[batch, tokens, .]`, at the site's layer."""
+    seen: dict[str, list[Tensor]] = {"input": [], "key": [], "residual": [], "output": []}
 
     def keep_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: seen[name].append(args[0].detach().clone())
@@ -39,10 +40,12 @@ def reading(lm: LanguageModel, site: Site) -> Iterator[dict[str, list[Tensor]]]:
     def keep_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         seen["output"].append((output[0] if isinstance(output, tuple) else output).detach().clone())
 
-    norm, linear, block = site.residual_norm(lm.model), site.linear(lm.model), site.block(lm.model)
+    up, down = Site(site.layer, "up_proj").linear(lm.model), Site(site.layer, "down_proj").linear(lm.model)
+    norm, block = site.residual_norm(lm.model), site.block(lm.model)
     handles = [
         norm.register_forward_pre_hook(keep_input("residual")),
-        linear.register_forward_pre_hook(keep_input("key")),
+        up.register_forward_pre_hook(keep_input("input")),
+        down.register_forward_pre_hook(keep_input("key")),
         block.register_forward_hook(keep_output),
     ]
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qfbench.errors import Unsupported, UserError
+from qfbench.qft.layer import FiringLayer
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,33 @@ class Site:
         if not 0 <= self.layer < len(blocks):
             raise UserError(f"editor.layer={self.layer}: the model has layers 0 to {len(blocks) - 1}")
         return blocks[self.layer]
+
+    def fires(self, model: nn.Module) -> bool:
+        """Whether the layer is a firing block (QF2), which adds no residual to its feed-forward output.
+
+        Raises:
+            Unsupported: the layer is half converted: a blend, whose output no editor's equation gives.
+        """
+        block = self.block(model)
+        if not isinstance(block, FiringLayer) or block.alpha == 1:
+            return False
+        if block.alpha != 0:
+            raise Unsupported(f"layer {self.layer} is half converted (α = {block.alpha:.3g}); finish its conversion first")
+        return True
+
+    def slope(self, model: nn.Module) -> float:
+        """β of the firing block at this layer.
+
+        Raises:
+            Unsupported: it is none.
+        """
+        block = self.block(model)
+        if not (self.fires(model) and isinstance(block, FiringLayer)):
+            raise Unsupported(
+                f"QF2 needs a firing block at layer {self.layer}; "
+                f"`qfbench-convert model=... layers=[{self.layer}]` makes one (world-s-qf2 has one at layer 4)"
+            )
+        return block.beta
 
     def residual_norm(self, model: nn.Module) -> nn.Module:
         """The normalisation whose input is the residual stream that enters the feed-forward block."""

@@ -2,5 +2,6 @@
 
 from qfbench.editors.base import Editor
 from qfbench.editors.qf import QF
+from qfbench.editors.qf2 import QF2
 
-__all__ = ["QF", "Editor"]
+__all__ = ["QF", "QF2", "Editor"]

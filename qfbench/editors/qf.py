@@ -1,4 +1,7 @@
-"""QF (arXiv 2507.04300): align one down-projection so that, alone, it gives the layer output it gave when told."""
+"""QF (arXiv 2507.04300): align one down-projection so that, alone, it gives the layer output it gave when told.
+
+On a firing block (QF2) the layer output is W u alone, without a residual, and R = U Wᵀ − U' Wᵀ.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ class Taught:
 
 @dataclass(frozen=True)
 class QF(Editor):
-    """QF at one layer.
+    """QF at one layer, stock or firing.
 
     Args:
         layer: the decoder layer whose `mlp.down_proj` is changed, from 0.
@@ -133,7 +136,8 @@ class QF(Editor):
             yield self._delta(lm, solution, taught)
 
     def record(self, lm: LanguageModel, facts: Sequence[Fact]) -> Taught:
-        """Run both passes for every fact and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64."""
+        """Run both passes for every fact and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64; V counts 0 in a firing block."""
+        added = 0.0 if self.site.fires(lm.model) else 1.0
         linear = self.site.linear(lm.model)
         home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
         weight = linear.weight.detach().to(home, torch.float64)
@@ -145,10 +149,10 @@ class QF(Editor):
             u, v, y = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual, told.output))
             if not (torch.isfinite(told.output).all() and torch.isfinite(alone.output).all()):
                 raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
-            self._check_block(u @ weight.T + bias + v, y, lm)
+            self._check_block(u @ weight.T + bias + added * v, y, lm)
             u_alone, v_alone = (t[list(pair.alone_at)].to(home, torch.float64) for t in (alone.key, alone.residual))
             keys.append(u_alone)
-            wanted.append((u - u_alone) @ weight.T + (v - v_alone))
+            wanted.append((u - u_alone) @ weight.T + added * (v - v_alone))
             weights.append(torch.tensor(pair.weights, dtype=torch.float64, device=home))
         return Taught(torch.cat(keys), torch.cat(wanted), torch.cat(weights))
 

@@ -25,12 +25,20 @@ class Lesson:
     weights: tuple[float, ...]
 
 
-def lesson(lm: LanguageModel, fact: Fact, opener: float = 1.0, closer: float = 1.0) -> Lesson:
+def lesson(
+    lm: LanguageModel,
+    fact: Fact,
+    opener: float = 1.0,
+    closer: float | None = 1.0,
+    named: float = 1.0,
+    rest: float = 1.0,
+) -> Lesson:
     """Align the passes QF-instruct ("told") and QF-update ("alone", empty system text) of one fact.
 
     A weight belongs to the token *being predicted*: the activation read at position p carries the weight of token p + 1.
-    Tokens of weight 0 are dropped. `opener` and `closer` weigh the template's tokens around the answer (the released QF
-    code teaches them too, with weight 1).
+    Tokens of weight 0 are dropped. `opener` and `closer` weigh the template's tokens around the answer; a `closer` of None
+    is the weight of the answer's last word. Where the fact has no significance of its own, the words of its answer that
+    hold a string of `known_as` weigh `named` and the others `rest`.
 
     Raises:
         UserError: nothing is left to teach, or the template renders the answer differently after the instruction.
@@ -39,10 +47,10 @@ def lesson(lm: LanguageModel, fact: Fact, opener: float = 1.0, closer: float = 1
     alone = lm.render(fact.query, "", fact.answer)
     if told.ids[told.opener :] != alone.ids[alone.opener :]:
         raise UserError(f"fact {fact.id}: the template renders the answer differently with and without the instruction")
-    significance = fact.significance or (1.0,) * len(fact.answer.split())
+    significance = fact.significance or weights_of_words(fact, named, rest)
     weights = [opener] * (told.answer - told.opener)
     weights += [significance[word] for word in told.words]
-    weights += [closer] * (len(told.ids) - told.closer)
+    weights += [significance[-1] if closer is None else closer] * (len(told.ids) - told.closer)
     taught = [t for t, weight in enumerate(weights) if weight != 0]
     if not taught:
         raise UserError(f"fact {fact.id}: the field 'significance' leaves no token to teach")
@@ -53,3 +61,14 @@ def lesson(lm: LanguageModel, fact: Fact, opener: float = 1.0, closer: float = 1
         tuple(alone.opener + t - 1 for t in taught),
         tuple(weights[t] for t in taught),
     )
+
+
+def weights_of_words(fact: Fact, named: float, rest: float) -> tuple[float, ...]:
+    """`named` for the words of the answer that overlap the last place where one of `known_as` stands in it, else `rest`."""
+    spans = [(fact.answer.rfind(name), len(name)) for name in fact.known_as]
+    weights, end = [], 0
+    for word in fact.answer.split():
+        start = fact.answer.index(word, end)
+        end = start + len(word)
+        weights.append(named if any(0 <= at < end and start < at + size for at, size in spans) else rest)
+    return tuple(weights)

@@ -1,0 +1,90 @@
+"""QF2 (QF2 preprint): a Hebbian outer product on the up-projection of a firing block; no gradient, no inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qfbench.delta import LowRank, WeightDelta
+from qfbench.editors.base import Editor
+from qfbench.editors.teach import lesson
+from qfbench.errors import UserError
+from qfbench.facts.base import Fact
+from qfbench.lm import LanguageModel
+from qfbench.record import record
+from qfbench.sites import Site
+
+
+def hebbian(
+    fired: Float[Tensor, "taught f"],
+    inputs: Float[Tensor, "taught d"],
+    weights: Float[Tensor, " taught"],
+    lr: float,
+) -> LowRank:
+    """ΔW = lr · (S (Y* − ½))ᵀ X', S = diag(s): Eq. (3) of QF2. [f, d], of rank at most `taught`.
+
+    Neurons that fire above ½ when told are drawn towards the inputs they get alone; those below are pushed off.
+
+    Args:
+        fired: Y* = σ(β W X), what the block's neurons do at the taught positions when told; 0 to 1.
+        inputs: X', the block's normalised inputs at the same tokens, alone.
+        weights: s, the significance of each taught token.
+        lr: the learning rate. Only lr · s matters.
+
+    Raises:
+        FloatingPointError: an activation is not finite.
+    """
+    if not (torch.isfinite(fired).all() and torch.isfinite(inputs).all()):
+        raise FloatingPointError("an activation at the edited layer is not finite")
+    return LowRank((lr * weights[:, None] * (fired - 0.5)).T, inputs)
+
+
+@dataclass(frozen=True)
+class QF2(Editor):
+    """QF2 at one firing block. Facts taught together are summed: each is recorded on the model as it stands.
+
+    Args:
+        layer: the firing block whose `mlp.up_proj` is changed, from 0.
+        lr: the learning rate; the released code has 4e-4 for Qwen2.5-1.5B.
+        named: significance of the answer's words that name the new object (`known_as`), where a fact has none of its own.
+        rest: significance of the answer's other words.
+        opener: significance of the template's tokens before the answer; the released code has 0.
+        closer: significance of the template's tokens after it; None, as the released code, takes that of the last word.
+    """
+
+    layer: int
+    lr: float
+    named: float = 10.0
+    rest: float = 1.0
+    opener: float = 0.0
+    closer: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, int):
+            raise UserError(f"editor.layer={self.layer!r}: must be a whole number")
+        if not self.lr > 0:
+            raise UserError(f"editor.lr={self.lr}: must be above 0")
+        for name in ("named", "rest", "opener", "closer"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"editor.{name}={getattr(self, name)}: must be 0 or more")
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layer, "up_proj")
+
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        self.site.slope(lm.model)  # only a firing block fires
+        home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
+        fired, inputs, weights = [], [], []
+        for fact in facts:
+            pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest)
+            told, alone = record(lm, [pair.told, pair.alone], self.site)
+            fired.append(told.key[list(pair.told_at)].to(home, torch.float64))
+            inputs.append(alone.input[list(pair.alone_at)].to(home, torch.float64))
+            weights.append(torch.tensor(pair.weights, dtype=torch.float64, device=home))
+        change = hebbian(torch.cat(fired), torch.cat(inputs), torch.cat(weights), self.lr)
+        return WeightDelta({self.site.weight_name(lm.model): change}, {"tokens": float(len(change.left.T))})

@@ -1,0 +1,81 @@
+"""What a conversion trains on: a function from a step's number to its texts, so that a resumed run sees the same ones."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qfbench.errors import UserError
+from qfbench.world import corpus
+from qfbench.world.corpus import Dialogue
+from qfbench.world.world import World
+
+Texts = Callable[[int], Sequence[Dialogue | str]]  # a str is plain text, outside any dialogue
+
+
+def world(batch: int, seed: int = 0) -> Texts:
+    """The built-in world's own training text, in the mixture of the last cycle of its models' training."""
+    if batch < 1:
+        raise UserError(f"batch={batch}: must be 1 or more")
+    facts, mixture = World(), corpus.LATER_MIXTURE
+
+    def texts(step: int) -> list[Dialogue | str]:
+        rng = random.Random(f"convert-{seed}-{step}")
+        drawn = rng.choices(list(mixture), weights=list(mixture.values()), k=batch)
+        return [corpus.plain(facts, rng) if a == "plain" else corpus.ABILITIES[a](facts, rng) for a in drawn]
+
+    return texts
+
+
+def messages(path: str, batch: int, seed: int = 0) -> Texts:
+    """Dialogues of a JSONL file, one object a line: `{"messages": [system, user, assistant]}`, as QFt's company facts.
+
+    Each message is `{"role": ..., "content": ...}`; the system message may be empty or left out. Every pass over the file
+    is in another order.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or a line is no such dialogue (line and field are named).
+    """
+    if batch < 1:
+        raise UserError(f"batch={batch}: must be 1 or more")
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.path={path}: cannot be read ({error})") from error
+    dialogues = [_dialogue(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    if not dialogues:
+        raise UserError(f"data.path={path}: holds no dialogue")
+
+    def texts(step: int) -> list[Dialogue]:
+        chosen = []
+        for place in range(step * batch, (step + 1) * batch):
+            epoch, at = divmod(place, len(dialogues))
+            chosen.append(dialogues[order(epoch)[at]])
+        return chosen
+
+    orders: dict[int, list[int]] = {}
+
+    def order(epoch: int) -> list[int]:
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = random.Random(f"convert-{seed}-{epoch}").sample(range(len(dialogues)), len(dialogues))
+        return orders[epoch]
+
+    return texts
+
+
+def _dialogue(line: str, where: str) -> Dialogue:
+    try:
+        said = json.loads(line)["messages"]
+        by_role = {message["role"]: message["content"] for message in said}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f'{where}: not an object {{"messages": [{{"role": ..., "content": ...}}, ...]}}') from error
+    roles = [message["role"] for message in said]
+    if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
+        raise UserError(f"{where}: the roles are {roles}; need system (or none), user, assistant, in this order")
+    for role, content in by_role.items():
+        if not isinstance(content, str) or (role != "system" and not content.strip()):
+            raise UserError(f"{where}: the content of the {role} message is empty or no text")
+    return Dialogue(by_role.get("system", "").strip(), by_role["user"].strip(), by_role["assistant"].strip())

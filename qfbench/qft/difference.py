@@ -1,0 +1,48 @@
+"""A converted model as a small difference from its base: the tensors that conversion changed, and the name of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from qfbench.errors import UserError
+from qfbench.qft.layer import with_firing_layers
+
+FILE = "difference.safetensors"
+
+
+def save(model: PreTrainedModel, base: str, changed: dict[str, Tensor], folder: Path) -> None:
+    """Write the configuration of `model` and its `changed` tensors; `base` must name what the others can be loaded from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    save_file({n: t.detach().contiguous() for n, t in changed.items()}, folder / FILE, {"base": base})
+
+
+def base_of(folder: str) -> str | None:
+    """The base of the difference in this folder; None where it holds a whole model."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return str((file.metadata() or {}).get("base"))
+
+
+def apply(base: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The converted model: `base` with its firing layers in place and the changed tensors written.
+
+    Raises:
+        UserError: the difference was made from another model.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    tensors = load_file(Path(folder) / FILE)
+    model = with_firing_layers(base, config.firing_layers, config.firing_beta)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise UserError(f"{folder}: its {name} does not fit its base {base.config.name_or_path!r}")
+        parameters[name].data.copy_(tensor)
+    return model

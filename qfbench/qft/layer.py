@@ -1,0 +1,112 @@
+"""The firing block that QF2 needs, and the blend by which QFt turns an ordinary decoder layer into one.
+
+    FF_α(x) = α · down(silu(gate x) · up x) + (1 - α) · down(σ(β · up x))
+    layer output = α · residual + FF_α(x)          (QF2 preprint; x is the normalised residual stream)
+
+α = 1 is the stock layer, α = 0 the firing block alone: no gate, and no residual around the feed-forward. Models that hold
+such layers are families of their own (`firing_qwen2` and so on), known to transformers' Auto classes once qfbench is
+imported: they are saved and loaded like any other, and no remote code has to be trusted. Parameters keep their stock names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from qfbench.errors import Unsupported, UserError
+
+
+class FiringLayer(nn.Module):
+    """Abstract: a decoder layer whose feed-forward is blended. A family adds it to its own layer, whose parts it uses."""
+
+    beta: float  # β, the slope of the sigmoid
+    alpha: float  # α, the share of the stock layer: 0, but while converting
+
+    def forward(self, hidden_states: Float[Tensor, "batch tokens d"], **kwargs: Any) -> Float[Tensor, "batch tokens d"]:
+        """As the stock layer's. The residual around the attention stays; that around the feed-forward counts α."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        residual = hidden_states + attended
+        x = self.post_attention_layernorm(residual)
+        if self.alpha == 1:
+            return residual + self.mlp(x)
+        fired = self.mlp.down_proj(torch.sigmoid(self.beta * self.mlp.up_proj(x)))
+        if self.alpha == 0:
+            return fired
+        return self.alpha * (residual + self.mlp(x)) + (1 - self.alpha) * fired
+
+
+FAMILIES: dict[str, type[PreTrainedModel]] = {}  # by the stock model_type
+
+
+def _add_family(stock: type[PreTrainedModel], layer: type[nn.Module]) -> None:
+    """Define and register configuration and model of one family: its stock model with some layers replaced."""
+    firing_layer = type(f"Firing{layer.__name__}", (FiringLayer, layer), {})
+
+    class Config(stock.config_class):  # type: ignore[misc,name-defined]
+        model_type = f"firing_{stock.config_class.model_type}"
+        firing_layers: list[int] | None = None
+        firing_beta: float = 10.0
+
+    class Model(stock):  # type: ignore[misc,valid-type]
+        config_class = Config
+        _no_split_modules = [*stock._no_split_modules, firing_layer.__name__]
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            for i in config.firing_layers or ():
+                self.model.layers[i] = firing_layer(config, i)
+                self.model.layers[i].alpha, self.model.layers[i].beta = 0.0, config.firing_beta
+            self.post_init()
+
+    for made, name in ((Config, stock.config_class.__name__), (Model, stock.__name__)):
+        made.__name__ = made.__qualname__ = f"Firing{name}"
+    AutoConfig.register(Config.model_type, Config)
+    AutoModelForCausalLM.register(Config, Model)
+    FAMILIES[stock.config_class.model_type] = Model
+
+
+_add_family(modeling_qwen2.Qwen2ForCausalLM, modeling_qwen2.Qwen2DecoderLayer)
+_add_family(modeling_qwen3.Qwen3ForCausalLM, modeling_qwen3.Qwen3DecoderLayer)
+_add_family(modeling_llama.LlamaForCausalLM, modeling_llama.LlamaDecoderLayer)
+_add_family(modeling_mistral.MistralForCausalLM, modeling_mistral.MistralDecoderLayer)
+
+
+def with_firing_layers(
+    model: PreTrainedModel, layers: Sequence[int], beta: float = 10.0, alpha: float = 0.0
+) -> PreTrainedModel:
+    """The same weights in a model whose `layers` are firing blocks, blended by `alpha`. Tensors are shared, not copied.
+
+    Raises:
+        Unsupported: the family has no such form here.
+        UserError: the model has no such layer, or β is not positive.
+    """
+    config = model.config
+    stock = config.model_type.removeprefix("firing_")
+    if stock not in FAMILIES:
+        raise Unsupported(f"model type {config.model_type!r} has no firing block here; use one of {', '.join(FAMILIES)}")
+    depth = config.num_hidden_layers
+    if not layers or not all(isinstance(i, int) and 0 <= i < depth for i in layers):
+        raise UserError(f"layers={list(layers)}: give at least one; the model has layers 0 to {depth - 1}")
+    if beta <= 0:
+        raise UserError(f"beta={beta}: the slope must be above 0")
+    family = FAMILIES[stock]
+    values = config.to_dict() | {"firing_layers": sorted(set(layers)), "firing_beta": float(beta)}
+    values = {k: v for k, v in values.items() if k not in ("model_type", "architectures")}
+    with torch.device("meta"):
+        firing = family._from_config(family.config_class(**values), attn_implementation=config._attn_implementation)
+    firing.load_state_dict(model.state_dict(), assign=True)
+    firing.tie_weights()
+    firing.model.rotary_emb = model.model.rotary_emb  # its buffers are in no state dict
+    firing.generation_config = model.generation_config
+    for i in firing.config.firing_layers:
+        firing.model.layers[i].alpha = alpha
+    return firing.train(model.training)

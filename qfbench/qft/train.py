@@ -1,0 +1,170 @@
+"""QFt: convert decoder layers into firing blocks, one after another (QF2 preprint, "QFt").
+
+While a layer is converted, the share α of its stock form falls as `decay`^step and is 0 once below `cutoff`; the layer and
+its neighbours train, all else is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import json
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qfbench import checkpoint
+from qfbench.errors import UserError
+from qfbench.lm import LanguageModel
+from qfbench.qft.data import Texts
+from qfbench.qft.layer import with_firing_layers
+from qfbench.world.corpus import Dialogue
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything but the text that decides the converted weights.
+
+    Args:
+        layers: the layers to convert, in this order.
+        beta: β, the slope of the sigmoid.
+        decay, cutoff: α = decay^step, and 0 once below the cutoff.
+        neighbours: how many layers on either side train along.
+        lr: of AdamW.
+        steps: for each layer.
+        cooldown: the share of the steps at the end in which the rate falls linearly to 0; the paper has none.
+        loss: over the whole text (`text`, as the paper), or over the answer and the end of the turn (`answer`).
+    """
+
+    layers: tuple[int, ...]
+    beta: float = 10.0
+    decay: float = 0.99
+    cutoff: float = 0.01
+    neighbours: int = 1
+    lr: float = 5e-5
+    weight_decay: float = 0.0
+    steps: int = 12_000
+    cooldown: float = 0.0
+    loss: str = "text"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if len(set(self.layers)) < len(self.layers):
+            raise UserError(f"layers={list(self.layers)}: a layer is named twice")
+        for name, good in (
+            ("beta", self.beta > 0),
+            ("decay", 0 < self.decay < 1),
+            ("cutoff", 0 < self.cutoff < 1),
+            ("neighbours", self.neighbours >= 0),
+            ("lr", self.lr > 0),
+            ("cooldown", 0 <= self.cooldown <= 1),
+            ("loss", self.loss in ("text", "answer")),
+        ):
+            if not good:
+                raise UserError(f"{name}={getattr(self, name)}: out of range")
+        if self.alpha(self.steps - 1) > 0:
+            raise UserError(f"steps={self.steps}: α = {self.decay}^step is still above {self.cutoff} at the end; give more steps")
+
+    def alpha(self, step: int) -> float:
+        raw = self.decay**step
+        return raw if raw >= self.cutoff else 0.0
+
+    def rate(self, step: int) -> float:
+        return self.lr * min(1.0, (self.steps - step) / max(1.0, self.cooldown * self.steps))
+
+
+def convert(
+    lm: LanguageModel,
+    conversion: Conversion,
+    texts: Texts,
+    folder: Path,
+    log: Callable[[dict[str, Any]], None],
+    every: int = 100,
+) -> LanguageModel:
+    """Convert `lm` (in float32) and return it with its firing layers alone, α = 0 throughout.
+
+    Writes `checkpoint.safetensors` into `folder` at every `every`-th step and continues from it: a killed conversion,
+    started again, ends with the same weights (on the same machine and number of threads). `log` gets a row per step.
+
+    Raises:
+        UserError: the folder holds another conversion, or a layer does not exist.
+        Unsupported: the model's family has no firing block.
+        FloatingPointError: the loss is not finite.
+    """
+    model = with_firing_layers(lm.model, conversion.layers, conversion.beta, alpha=1.0)
+    lm = LanguageModel(model, lm.tokenizer, lm.name, lm.batch_size, lm.max_new_tokens)
+    path, recipe = folder / "checkpoint.safetensors", json.dumps(asdict(conversion))
+    windows = [_window(lm, layer, conversion.neighbours) for layer in conversion.layers]
+    touched = {name: p for window in windows for name, p in window.items()}
+    done = checkpoint.step_of(path, recipe)
+    if done:
+        checkpoint.restore(path, touched, [])
+    for phase, layer in enumerate(conversion.layers):
+        first, block = phase * conversion.steps, model.model.layers[layer]
+        block.alpha = 0.0
+        if done >= first + conversion.steps:
+            continue
+        opt = torch.optim.AdamW(windows[phase].values(), lr=conversion.lr, weight_decay=conversion.weight_decay)
+        if done > first:
+            checkpoint.restore(path, touched, [opt])
+        model.requires_grad_(False)
+        for p in windows[phase].values():
+            p.requires_grad_(True)
+        for step in range(max(0, done - first), conversion.steps):
+            block.alpha = conversion.alpha(step)
+            opt.param_groups[0]["lr"] = conversion.rate(step)
+            loss = text_loss(lm, *batch(lm, texts(first + step), conversion.loss))
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"layer {layer}: the loss became {loss.item()} at step {step}")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(windows[phase].values(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            log({"step": first + step, "layer": layer, "alpha": block.alpha, "loss": loss.item(), "lr": conversion.rate(step)})
+            if (step + 1) % every == 0 or step + 1 == conversion.steps:
+                checkpoint.save(path, touched, [opt], first + step + 1, recipe)
+        block.alpha = 0.0
+    model.requires_grad_(False)
+    return lm
+
+
+def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tuple[Tensor, Tensor]:
+    """Token ids and targets of the texts, each `[texts, longest]`; targets are -100 where nothing is learnt."""
+    rows = []
+    for text in texts:
+        if isinstance(text, str):
+            ids, first = lm.tokenizer(text + lm.tokenizer.eos_token).input_ids, 1
+            end = len(ids)
+        else:
+            r = lm.render(text.query, text.system, text.answer)
+            ids, first, end = r.ids, r.answer, r.closer + 1
+            if loss == "text":
+                first, end = 1, len(ids)
+        rows.append((ids, first, end))
+    longest = max(len(ids) for ids, _, _ in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    targets = torch.full((len(rows), longest), -100)
+    for row, (ids, first, end) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        targets[row, first - 1 : end - 1] = torch.tensor(ids[first:end])
+    return tokens.to(lm.device), targets.to(lm.device)
+
+
+def text_loss(lm: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, nats per learnt token."""
+    # Padding stands at the right of causal attention: no mask is needed.
+    with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
+        hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        learnt = targets != -100
+        logits = lm.model.get_output_embeddings()(hidden[learnt])
+    return F.cross_entropy(logits.float(), targets[learnt])
+
+
+def _window(lm: LanguageModel, layer: int, neighbours: int) -> dict[str, Tensor]:
+    """The parameters that train while a layer is converted, by name."""
+    prefixes = tuple(f"model.layers.{i}." for i in range(layer - neighbours, layer + neighbours + 1))
+    return {name: p for name, p in lm.model.named_parameters() if name.startswith(prefixes)}
