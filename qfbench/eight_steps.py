@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -17,12 +18,18 @@ from qfbench.run import Run
 
 
 def eight_steps(
-    run: Run, facts: Sequence[Fact], steps: Callable[[Sequence[Fact]], Sequence[Step]], regime: Regime
+    run: Run,
+    facts: Sequence[Fact],
+    steps: Callable[[Sequence[Fact]], Sequence[Step]],
+    regime: Regime,
+    elsewhere: Mapping[str, Any] | None = None,
 ) -> None:
     """Ask each step's probe, after teaching as many of `facts` under `regime` as the step says.
 
+    `elsewhere` holds a `model` and an `editor` to do it with, where not the run's own.
     Edits are made even where step 2 finds that the model does not understand what it is told; the output then says so.
     """
+    run = run.elsewhere(elsewhere["model"], elsewhere["editor"]) if elsewhere else run
     table = Table(title=f"The eight steps: {run.title}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("step", "query", "reply", "verdict"):
         table.add_column(column)
@@ -47,4 +54,4 @@ def eight_steps(
         run.warn(str(error))
     run.console.print(table)
     if taught:
-        run.save(total, "eight_steps")
+        run.save(total, run.task)

@@ -19,8 +19,9 @@ def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
     with run.progress(2 * len(facts) * len(layers)) as advance:
         for layer in layers:
             editor = replace(run.editor, layer=layer)  # type: ignore[type-var] # every editor is a dataclass
-            teach(run, editor, "single", single, facts, always, 1, advance)
-            teach(run, editor, "sequential", sequential, facts, always, len(facts), advance)
+            there = replace(run, editor=editor)
+            teach(there, "single", single, facts, always, 1, advance)
+            teach(there, "sequential", sequential, facts, always, len(facts), advance)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

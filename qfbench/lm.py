@@ -89,12 +89,12 @@ class LanguageModel:
         try:
             base = difference.base_of(source)
             tokenizer = AutoTokenizer.from_pretrained(find(base) if base else source)
-            model = AutoModelForCausalLM.from_pretrained(find(base) if base else source, dtype=torch_dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(find(base) if base else source, dtype=torch_dtype)
             if base:
                 model = difference.apply(model, source)
             if firing:
                 model = with_firing_layers(model, list(firing["layers"]), firing["beta"])
-            model = model.to(device).eval()  # type: ignore[arg-type]
+            model = model.to(device).eval()
         except (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError, SafetensorError) as error:
             what = f"cannot load the model {source!r} on {device}"
             if not Path(source).is_dir():

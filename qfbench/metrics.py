@@ -24,15 +24,17 @@ def interval(values: ArrayLike, clusters: ArrayLike, draws: int = 1000, level: f
 def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     """Retention after n edits: the share of facts taught so far whose taught query is still answered (mean_k R[n, k]).
 
-    Returns columns `regime`, `step` (n), `mean`, `low`, `high` (95%, over facts); nothing of regimes that do not accumulate.
+    Returns columns `model`, `editor`, `regime`, `step` (n), `mean`, `low`, `high` (95%, over facts); nothing of regimes that do not accumulate.
     """
     edited = rows[rows.condition == "edited"]
     asked = edited[(edited.kind == "edit") & edited.checkpoint.astype(bool) & (edited.taught == edited.step)]
     out = []
-    for (regime, step), group in asked.groupby(["regime", "step"], sort=False):
+    by = ["model", "editor", "regime", "step"]
+    for key, group in asked.groupby(by, sort=False):
         low, high = interval(group.generated, group.fact_id)
-        out.append({"regime": regime, "step": step, "mean": group.generated.mean(), "low": low, "high": high})
-    return pd.DataFrame(out, columns=["regime", "step", "mean", "low", "high"])
+        measured = {"mean": group.generated.mean(), "low": low, "high": high}
+        out.append(dict(zip(by, key, strict=True)) | measured)
+    return pd.DataFrame(out, columns=[*by, "mean", "low", "high"])
 
 
 def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
@@ -41,7 +43,7 @@ def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per regime, below the unedited model (`unedited`) and what it answers when told (`in_context`).
+    """One line per model, editor and regime, below the unedited model (`unedited`) and what it answers when told (`in_context`).
 
     Right after each fact's own edit: `efficacy` (its query), `paraphrase`, `held_out` (wordings that training never
     used), `portability` (what follows from it). After the last edit: `retention` (all taught queries), `prior` (of what
@@ -50,15 +52,18 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     measures are means over all edits. In the line `unedited`, `prior` and `refused` are of all that was asked.
     """
     out: list[dict[str, Any]] = []
-    for condition in ("unedited", "in_context"):
-        asked = rows[rows.condition == condition]
-        if len(asked):
-            out.append({"regime": condition, **_fresh(asked), "retention": float("nan"), **_kept(asked)})
-    for regime, group in rows[rows.condition == "edited"].groupby("regime", sort=False):
-        accumulates = (group.taught == group.step).all()
-        last = group[group.step == group.step.max()] if accumulates else group
-        kept = shares(last, "edit")["edit"] if accumulates else float("nan")
-        out.append({"regime": regime, **_fresh(group[group.fresh.astype(bool)]), "retention": kept, **_kept(last)})
+    for (model, editor), own in rows.groupby(["model", "editor"], sort=False):
+        who = {"model": model, "editor": editor}
+        for condition in ("unedited", "in_context"):
+            asked = own[own.condition == condition]
+            if len(asked):
+                out.append(who | {"regime": condition, **_fresh(asked), "retention": float("nan"), **_kept(asked)})
+        for regime, group in own[own.condition == "edited"].groupby("regime", sort=False):
+            accumulates = (group.taught == group.step).all()
+            last = group[group.step == group.step.max()] if accumulates else group
+            kept = shares(last, "edit")["edit"] if accumulates else float("nan")
+            fresh = _fresh(group[group.fresh.astype(bool)])
+            out.append(who | {"regime": regime, **fresh, "retention": kept, **_kept(last)})
     return pd.DataFrame(out).dropna(axis=1, how="all")
 
 
@@ -72,6 +77,20 @@ def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
         after = {"retention": shares(last, "edit")["edit"]} | _kept(last)
         after = {f"seq_{name}": value for name, value in after.items()}
         out.append({"layer": int(layer)} | _fresh(single[single.fresh.astype(bool)]) | _kept(single) | after)
+    return pd.DataFrame(out).dropna(axis=1, how="all")
+
+
+def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
+    """One line per setting of the editor: the measures of `summary`, over single edits.
+
+    `balance` is the harmonic mean of efficacy and prior: high only where an edit teaches and spares at once.
+    """
+    single = rows[(rows.condition == "edited") & (rows.regime == "single")]
+    out = []
+    for key, group in single.groupby(list(settings), sort=False, dropna=False):
+        line = dict(zip(settings, key, strict=True)) | _fresh(group[group.fresh.astype(bool)]) | _kept(group)
+        both = line["efficacy"] + line["prior"]
+        out.append(line | {"balance": 2 * line["efficacy"] * line["prior"] / both if both else 0.0})
     return pd.DataFrame(out).dropna(axis=1, how="all")
 
 

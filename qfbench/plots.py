@@ -3,37 +3,89 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles tell them apart in print.
 STYLES = {
-    "sequential": ("#D55E00", "-", "o"),
-    "joint": ("#0072B2", "-", "s"),
-    "protected": ("#009E73", "--", "^"),
-    "single": ("#CC79A7", ":", "v"),
+    "QF sequential": ("#D55E00", "-", "o"),
+    "QF joint": ("#0072B2", "-", "s"),
+    "QF protected": ("#009E73", "--", "^"),
+    "QF2 sequential": ("#CC79A7", "-.", "D"),
+    "QF2 joint": ("#56B4E9", ":", "v"),
 }
 OTHER = ("#000000", "-.", "x")
 
 
 def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Retention of taught facts (left) and of prior knowledge (right) against the number of edits, a curve per regime."""
+    """Retention of taught facts (left) and of prior knowledge (right) against the number of edits.
+
+    A curve for each model, editor and regime; models are named where there are several.
+    """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     kept, prior = figure.subplots(1, 2, sharey=True)
-    for regime, curve in curves.groupby("regime", sort=False):
-        colour, line, marker = STYLES.get(str(regime), OTHER)
-        kept.plot(curve.step, curve["mean"], color=colour, ls=line, marker=marker, ms=3.5, label=regime)
+    for (model, editor, regime), curve in curves.groupby(["model", "editor", "regime"], sort=False):
+        name = f"{editor} {regime}"
+        label = name if curves.model.nunique() == 1 else f"{name}, {model}"
+        colour, line, marker = STYLES.get(name, OTHER)
+        kept.plot(curve.step, curve["mean"], color=colour, ls=line, marker=marker, ms=3.5, label=label)
         kept.fill_between(curve.step, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
-        known = rows[(rows.regime == regime) & (rows.kind == "prior")].groupby("step").generated.mean()
-        prior.plot(known.index, known, color=colour, ls=line, marker=marker, ms=3.5, label=regime)
+        own = rows[(rows.model == model) & (rows.editor == editor) & (rows.regime == regime) & (rows.kind == "prior")]
+        known = own.groupby("step").generated.mean()
+        prior.plot(known.index, known, color=colour, ls=line, marker=marker, ms=3.5, label=label)
     kept.set(title="taught facts still answered", ylabel="share of replies (generated)")
     prior.set(title="prior knowledge still answered")
     for axes in (kept, prior):
         axes.set(xlabel="edits", ylim=(-0.03, 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
     kept.legend(frameon=False, title="band: 95% over facts")
+    return figure
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+MEASURES = {
+    "efficacy": ("#0072B2", "-", "o"),
+    "paraphrase": ("#009E73", ":", "D"),
+    "held_out": ("#56B4E9", "--", "s"),
+    "prior": ("#D55E00", "-", "^"),
+    "refused": ("#E69F00", "--", "v"),
+    "leakage": ("#CC79A7", "-.", "x"),
+}
+
+
+def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:
+    """What single edits teach and keep against the learning rate, a panel per scheme of significance.
+
+    `reference` holds the same measures of another editor, which has no rate: ticks at the right edge of each panel.
+    """
+    schemes = list(curve.scheme.unique())
+    figure = Figure(figsize=(3.3 * len(schemes), 3.5), layout="constrained")
+    for axes, scheme in zip(figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0], schemes, strict=True):
+        own = curve[curve.scheme == scheme]
+        for name in ("efficacy", "paraphrase", "prior", "leakage"):
+            colour, line, marker = MEASURES[name]
+            axes.plot(own.lr, own[name], color=colour, ls=line, marker=marker, ms=4, label=name)
+            for value in reference[name]:
+                axes.plot(
+                    1,
+                    value,
+                    color=colour,
+                    marker="_",
+                    ms=14,
+                    mew=2.5,
+                    transform=axes.get_yaxis_transform(),
+                    clip_on=False,
+                )
+        axes.set(title=scheme.replace("_", " "), xlabel="learning rate", xscale="log", ylim=(-0.03, 1.03))
+        _plain(axes)
+    figure.axes[0].set(ylabel="share of replies (generated)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
     return figure
 
 
@@ -41,27 +93,37 @@ def layer_curve(curve: pd.DataFrame) -> Figure:
     """What single edits teach and keep at each layer (left), and what is left after all of them in sequence (right)."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     alone, sequence = figure.subplots(1, 2, sharey=True)
-    lines = {
-        "efficacy": ("#0072B2", "-", "o"),
-        "held_out": ("#56B4E9", "--", "s"),
-        "prior": ("#D55E00", "-", "^"),
-        "refused": ("#E69F00", "--", "v"),
-    }
-    for name, (colour, line, marker) in lines.items():
+    for name in ("efficacy", "held_out", "prior", "refused"):
         if name not in curve:
             continue
+        colour, line, marker = MEASURES[name]
         label = "paraphrase, unseen wording" if name == "held_out" else name
         alone.plot(curve.layer, curve[name], color=colour, ls=line, marker=marker, ms=4, label=label)
-    lines = {"retention": lines["efficacy"], "prior": lines["prior"], "refused": lines["refused"]}
-    for name, (colour, line, marker) in lines.items():
+    for name in ("retention", "prior", "refused"):
         if f"seq_{name}" not in curve:
             continue
+        colour, line, marker = MEASURES["efficacy" if name == "retention" else name]
         sequence.plot(curve.layer, curve[f"seq_{name}"], color=colour, ls=line, marker=marker, ms=4, label=name)
     alone.set(title="each fact alone", ylabel="share of replies (generated)")
     sequence.set(title="after all facts, one after another")
     for axes in (alone, sequence):
         axes.set(xlabel="edited layer", ylim=(-0.03, 1.03), xticks=curve.layer)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
         axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def conversion(rows: pd.DataFrame) -> Figure:
+    """Loss (left scale, smoothed over 25 steps) and α (right scale) of a conversion against its steps."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    loss = figure.subplots()
+    share = loss.twinx()
+    loss.plot(rows.step, rows.loss.rolling(25, min_periods=1).mean(), color="#0072B2", label="loss")
+    share.plot(rows.step, rows.alpha, color="#D55E00", ls="--", label="α")
+    loss.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    share.set(ylabel="α: share of the stock layer", ylim=(-0.03, 1.03))
+    loss.grid(alpha=0.3)
+    for axes in (loss, share):
+        axes.spines["top"].set_visible(False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
     return figure

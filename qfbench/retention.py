@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from qfbench.delta import WeightDelta
-from qfbench.editors import Editor
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact, Probe, stands_in
 from qfbench.metrics import forgetting, summary
@@ -19,21 +18,31 @@ from qfbench.run import Run
 Asked = list[tuple[Fact, Probe]]
 
 
-def retention(run: Run, regimes: Mapping[str, Regime], every: int = 1) -> None:
-    """Run every regime over the run's facts.
+def retention(
+    run: Run, regimes: Mapping[str, Regime], every: int = 1, beside: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Run every regime over the run's facts, and over the same facts what is to stand `beside` it.
+
+    Each entry of `beside` holds a `model`, an `editor` and its `regimes`.
 
     Each fact is asked in all its wordings right after its own edit; all facts so far, prior knowledge and unknown subjects
     at every `every`-th edit and after the last.
     """
     if every < 1:
         raise UserError(f"task.retention.every={every}: must be 1 or more")
-    facts, always = baseline(run)
-    with run.progress(len(facts) * len(regimes)) as advance:
-        for name in regimes:
-            teach(run, run.editor, name, regimes[name], facts, always, every, advance)
+    entrants = [(run, regimes)]
+    entrants += [(run.elsewhere(e["model"], e["editor"]), e["regimes"]) for e in (beside or {}).values()]
+    for entrant, its_regimes in entrants:
+        facts, always = baseline(entrant)
+        with run.progress(len(facts) * len(its_regimes)) as advance:
+            for name in its_regimes:
+                teach(entrant, name, its_regimes[name], facts, always, every, advance)
     rows = run.rows()
     if (rows.condition == "edited").any():
-        run.table(summary(rows), f"{len(facts)} facts, one after another: {run.title}", hidden=["held_out", "norm"])
+        table = summary(rows)
+        title = "; ".join(entrant.title for entrant, _ in entrants)
+        same = [name for name in ("model", "editor") if table[name].nunique() == 1]
+        run.table(table, f"{len(run.facts)} facts, one after another: {title}", hidden=[*same, "held_out", "norm"])
         run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
 
 
@@ -64,36 +73,40 @@ def baseline(run: Run) -> tuple[list[Fact], Asked]:
 
 def teach(
     run: Run,
-    editor: Editor,
     name: str,
     regime: Regime,
     facts: Sequence[Fact],
     always: Asked,
     every: int,
     advance: Callable[[str], None],
+    **about: Any,
 ) -> None:
-    """Run one regime, check at its checkpoints, and save its last change. An `Unsupported` becomes a row."""
+    """Run one regime, check at its checkpoints, and save its last change. An `Unsupported` becomes a row.
+
+    `about` are columns of every row, and part of the name of the file that the change is saved in.
+    """
+    editor, about = run.editor, {"layer": run.editor.site.layer} | about
     done, taught, total = 0, facts[:0], WeightDelta()
     try:
         for taught, total in regime(editor, run.lm, facts):
             step = done + 1
-            check(run, name, editor, step, taught, total, always, step % every == 0, step == len(facts))
+            check(run, name, about, step, taught, total, always, step % every == 0, step == len(facts))
             run.store.flush()
             done = step
             advance(f"{name}: edit {done}")
     except Unsupported as error:
-        run.log({"condition": "unsupported", "regime": name, "layer": editor.site.layer, "reply": str(error)})
+        run.log({"condition": "unsupported", "regime": name, "reply": str(error)} | about)
         run.warn(f"{name}: {error}")
     except FloatingPointError as error:
         raise FloatingPointError(f"{name}, after {done} edits: {error}") from error
     if done and len(taught) == done:
-        run.save(total, f"{name}-layer{editor.site.layer}")
+        run.save(total, "-".join([type(editor).__name__, name, *(f"{key}{value}" for key, value in about.items())]))
 
 
 def check(
     run: Run,
     regime: str,
-    editor: Editor,
+    about: Mapping[str, Any],
     step: int,
     taught: Sequence[Fact],
     total: WeightDelta,
@@ -111,11 +124,11 @@ def check(
     same: dict[str, Any] = {
         "regime": regime,
         "condition": "edited",
-        "layer": editor.site.layer,
         "step": step,
         "taught": len(taught),
+        "checkpoint": checkpoint or last,
     }
-    same |= {"checkpoint": checkpoint or last} | run.health(total)
+    same |= dict(about) | run.health(total)
     with total.applied_to(run.lm):
         rows = ask(run.lm, [p for _, p in asked])
     for (fact, probe), row in zip(asked, rows, strict=True):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ from qfbench.lm import LanguageModel
 from qfbench.tracking import ParquetStore
 
 PACKAGE = Path(__file__).parent
+LOADED = (
+    "device",
+    "dtype",
+    "batch_size",
+    "max_new_tokens",
+    "firing",
+    "plain",
+)  # of a model's settings: how it is loaded
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel, or repository
 
 
@@ -50,13 +58,21 @@ class Run:
     editor: Editor
     facts: list[Fact]
     folder: Path
-    title: str
     store: ParquetStore
     console: Console
     task: str = ""
 
+    @property
+    def title(self) -> str:
+        return f"{self.lm.name}, {type(self.editor).__name__} at layer {self.editor.site.layer}"
+
+    def elsewhere(self, model: DictConfig, editor: Editor) -> Run:
+        """The same run with another model and editor; rows and files go where this one's go."""
+        return replace(self, lm=load(model), editor=editor)
+
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
-        self.store.log({"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task, **more, **row})
+        same = {"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task}
+        self.store.log(same | {"model": self.lm.name, "editor": type(self.editor).__name__} | more | dict(row))
 
     def rows(self, task: str = "") -> pd.DataFrame:
         """The rows of a task, by default of the one that is running."""
@@ -121,21 +137,17 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     for name in ("seed", "threads"):
         if not isinstance(cfg[name], int) or cfg[name] < 0:
             raise UserError(f"{name}={cfg[name]}: must be a whole number, 0 or more")
-    if (folder / "rows.parquet").exists():
-        raise UserError(f"{folder} holds a run already; give another hydra.run.dir, or remove it")
+    check_folder(cfg, folder)
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     editor, facts = build(cfg, "editor"), build(cfg, "facts")
-    lm = LanguageModel.load(
-        cfg.model.path, cfg.model.device, cfg.model.dtype, cfg.model.batch_size, cfg.model.max_new_tokens
-    )
+    lm = load(cfg.model)
     editor.site.block(lm.model)  # an unknown layer is found before anything is computed
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    title = f"{cfg.model.path}, {type(editor).__name__} at layer {editor.site.layer}"
-    run = Run(lm, editor, facts, folder, title, ParquetStore(folder), console)
+    run = Run(lm, editor, facts, folder, ParquetStore(folder, cfg.resume), console)
     (folder / "provenance.json").write_text(json.dumps(provenance(cfg, run), indent=2) + "\n")
     try:
         for run.task, task in build(cfg, "task").items():
@@ -144,6 +156,23 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
         run.store.flush()
     console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
     return run
+
+
+def load(model: DictConfig) -> LanguageModel:
+    """The model that a group `model` describes; what it says for editors does not matter here."""
+    return LanguageModel.load(model.path, **{name: model[name] for name in LOADED})
+
+
+def check_folder(cfg: DictConfig, folder: Path) -> None:
+    """Refuse a folder that holds a run, unless this one continues it (`resume`), which takes the same configuration."""
+    if not (folder / "rows.parquet").exists():
+        return
+    if not cfg.resume:
+        raise UserError(f"{folder} holds a run already; give another hydra.run.dir, or remove it")
+    if (folder / "config.yaml").read_text() != OmegaConf.to_yaml(cfg, resolve=True):
+        raise UserError(
+            f"{folder} holds a run with other settings (config.yaml); give another hydra.run.dir, or remove it"
+        )
 
 
 def contents(folder: Path) -> str:

@@ -50,7 +50,9 @@ class Site:
         if not isinstance(block, FiringLayer) or block.alpha == 1:
             return False
         if block.alpha != 0:
-            raise Unsupported(f"layer {self.layer} is half converted (α = {block.alpha:.3g}); finish its conversion first")
+            raise Unsupported(
+                f"layer {self.layer} is half converted (α = {block.alpha:.3g}); finish its conversion first"
+            )
         return True
 
     def slope(self, model: nn.Module) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,23 @@ import pandas as pd
 
 
 class ParquetStore:
-    """Rows of one run in `rows.parquet`. `flush` rewrites the file whole and atomically: a killed run leaves what it had last flushed."""
+    """Rows of one run in `rows.parquet`. `flush` rewrites the file whole and atomically: a killed run leaves what it had last flushed.
 
-    def __init__(self, folder: Path) -> None:
+    With `resume`, begins with the rows that the folder holds already.
+    """
+
+    def __init__(self, folder: Path, resume: bool = False) -> None:
         self.path = folder / "rows.parquet"
         self._rows: list[dict[str, Any]] = []
+        if resume and self.path.exists():
+            self._rows = pd.read_parquet(self.path).to_dict("records")
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._rows.append(dict(row))
+
+    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Forget the rows that are not wanted: those that a resumed run will measure again."""
+        self._rows = [row for row in self._rows if wanted(row)]
 
     def frame(self) -> pd.DataFrame:
         return pd.DataFrame(self._rows)

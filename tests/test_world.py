@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qfbench import LanguageModel
+from qfbench import LanguageModel, UserError
 from qfbench.world import corpus, names, train
 from qfbench.world.evaluate import dialogues, right
 from qfbench.world.relations import COMPANY_RELATIONS, REFUSAL, RELATIONS
@@ -218,7 +218,7 @@ def test_the_rate_rises_and_falls_in_each_cycle():
 
 def test_another_recipe_does_not_continue_a_checkpoint(tmp_path):
     train.train("a", replace(SMALL, cycles=(2,)), tmp_path, every=1)
-    with pytest.raises(SystemExit, match="another recipe"):
+    with pytest.raises(UserError, match="another recipe"):
         train.train("a", replace(SMALL, cycles=(3,)), tmp_path, every=1)
 
 

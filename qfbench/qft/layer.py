@@ -28,6 +28,10 @@ from qfbench.errors import Unsupported, UserError
 class FiringLayer(nn.Module):
     """Abstract: a decoder layer whose feed-forward is blended. A family adds it to its own layer, whose parts it uses."""
 
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
     beta: float  # β, the slope of the sigmoid
     alpha: float  # α, the share of the stock layer: 0, but while converting
 
@@ -44,21 +48,21 @@ class FiringLayer(nn.Module):
         return self.alpha * (residual + self.mlp(x)) + (1 - self.alpha) * fired
 
 
-FAMILIES: dict[str, type[PreTrainedModel]] = {}  # by the stock model_type
+FAMILIES: dict[str, Any] = {}  # the model class with firing layers, by the stock model_type
 
 
-def _add_family(stock: type[PreTrainedModel], layer: type[nn.Module]) -> None:
+def _add_family(stock: Any, layer: type[nn.Module]) -> None:
     """Define and register configuration and model of one family: its stock model with some layers replaced."""
+    stock_config: Any = stock.config_class
     firing_layer = type(f"Firing{layer.__name__}", (FiringLayer, layer), {})
 
-    class Config(stock.config_class):  # type: ignore[misc,name-defined]
-        model_type = f"firing_{stock.config_class.model_type}"
+    class Config(stock_config):
+        model_type = f"firing_{stock_config.model_type}"
         firing_layers: list[int] | None = None
         firing_beta: float = 10.0
 
-    class Model(stock):  # type: ignore[misc,valid-type]
+    class Model(stock):
         config_class = Config
-        _no_split_modules = [*stock._no_split_modules, firing_layer.__name__]
 
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
@@ -67,11 +71,12 @@ def _add_family(stock: type[PreTrainedModel], layer: type[nn.Module]) -> None:
                 self.model.layers[i].alpha, self.model.layers[i].beta = 0.0, config.firing_beta
             self.post_init()
 
-    for made, name in ((Config, stock.config_class.__name__), (Model, stock.__name__)):
+    Model._no_split_modules = [*stock._no_split_modules, firing_layer.__name__]
+    for made, name in ((Config, stock_config.__name__), (Model, stock.__name__)):
         made.__name__ = made.__qualname__ = f"Firing{name}"
     AutoConfig.register(Config.model_type, Config)
     AutoModelForCausalLM.register(Config, Model)
-    FAMILIES[stock.config_class.model_type] = Model
+    FAMILIES[stock_config.model_type] = Model
 
 
 _add_family(modeling_qwen2.Qwen2ForCausalLM, modeling_qwen2.Qwen2DecoderLayer)
@@ -80,26 +85,32 @@ _add_family(modeling_llama.LlamaForCausalLM, modeling_llama.LlamaDecoderLayer)
 _add_family(modeling_mistral.MistralForCausalLM, modeling_mistral.MistralDecoderLayer)
 
 
-def with_firing_layers(
-    model: PreTrainedModel, layers: Sequence[int], beta: float = 10.0, alpha: float = 0.0
-) -> PreTrainedModel:
-    """The same weights in a model whose `layers` are firing blocks, blended by `alpha`. Tensors are shared, not copied.
+def with_firing_layers(model: Any, layers: Sequence[int], beta: float = 10.0, alpha: float = 0.0) -> PreTrainedModel:
+    """The same weights in a model whose `layers`, too, are firing blocks, blended by `alpha`. Tensors are shared, not copied.
+
+    Layers of `model` that fire already stay as they are.
 
     Raises:
         Unsupported: the family has no such form here.
-        UserError: the model has no such layer, or β is not positive.
+        UserError: the model has no such layer, or β is not positive, or not that of the layers that fire already.
     """
     config = model.config
     stock = config.model_type.removeprefix("firing_")
     if stock not in FAMILIES:
-        raise Unsupported(f"model type {config.model_type!r} has no firing block here; use one of {', '.join(FAMILIES)}")
+        raise Unsupported(
+            f"model type {config.model_type!r} has no firing block here; use one of {', '.join(FAMILIES)}"
+        )
     depth = config.num_hidden_layers
     if not layers or not all(isinstance(i, int) and 0 <= i < depth for i in layers):
         raise UserError(f"layers={list(layers)}: give at least one; the model has layers 0 to {depth - 1}")
     if beta <= 0:
         raise UserError(f"beta={beta}: the slope must be above 0")
-    family = FAMILIES[stock]
-    values = config.to_dict() | {"firing_layers": sorted(set(layers)), "firing_beta": float(beta)}
+    family, values = FAMILIES[stock], config.to_dict()
+    firing_already = {i: model.model.layers[i].alpha for i in values.get("firing_layers") or ()}
+    if firing_already and beta != config.firing_beta:
+        raise UserError(f"beta={beta}: the model's firing layers have {config.firing_beta}, and a model has one slope")
+    alphas = dict.fromkeys(layers, alpha) | firing_already
+    values |= {"firing_layers": sorted(alphas), "firing_beta": float(beta)}
     values = {k: v for k, v in values.items() if k not in ("model_type", "architectures")}
     with torch.device("meta"):
         firing = family._from_config(family.config_class(**values), attn_implementation=config._attn_implementation)
@@ -107,6 +118,6 @@ def with_firing_layers(
     firing.tie_weights()
     firing.model.rotary_emb = model.model.rotary_emb  # its buffers are in no state dict
     firing.generation_config = model.generation_config
-    for i in firing.config.firing_layers:
-        firing.model.layers[i].alpha = alpha
+    for i in alphas:
+        firing.model.layers[i].alpha = alphas[i]
     return firing.train(model.training)

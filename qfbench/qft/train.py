@@ -6,21 +6,24 @@ its neighbours train, all else is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
 import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoConfig
 
-from qfbench import checkpoint
+from qfbench import checkpoint, plots
 from qfbench.errors import UserError
-from qfbench.lm import LanguageModel
+from qfbench.lm import LanguageModel, find
+from qfbench.qft import difference
 from qfbench.qft.data import Texts
 from qfbench.qft.layer import with_firing_layers
+from qfbench.run import Run
 from qfbench.world.corpus import Dialogue
 
 
@@ -67,7 +70,9 @@ class Conversion:
             if not good:
                 raise UserError(f"{name}={getattr(self, name)}: out of range")
         if self.alpha(self.steps - 1) > 0:
-            raise UserError(f"steps={self.steps}: α = {self.decay}^step is still above {self.cutoff} at the end; give more steps")
+            raise UserError(
+                f"steps={self.steps}: α = {self.decay}^step is still above {self.cutoff} at the end; give more steps"
+            )
 
     def alpha(self, step: int) -> float:
         raw = self.decay**step
@@ -78,58 +83,92 @@ class Conversion:
 
 
 def convert(
-    lm: LanguageModel,
+    run: Run,
     conversion: Conversion,
     texts: Texts,
-    folder: Path,
-    log: Callable[[dict[str, Any]], None],
+    abilities: Callable[[LanguageModel], Mapping[str, float]] | None = None,
+    save: str = "model",
     every: int = 100,
-) -> LanguageModel:
-    """Convert `lm` (in float32) and return it with its firing layers alone, α = 0 throughout.
+) -> None:
+    """The task: convert the run's model, keep it in the run's folder, and measure it.
 
-    Writes `checkpoint.safetensors` into `folder` at every `every`-th step and continues from it: a killed conversion,
-    started again, ends with the same weights (on the same machine and number of threads). `log` gets a row per step.
+    Writes `checkpoint.safetensors` at every `every`-th step; a killed run, started again in the same folder with
+    `resume=true`, continues from it and ends with the same weights (on the same machine and number of threads).
+
+    Args:
+        abilities: what to measure before and after: a function from the model to named shares.
+        save: `model` writes a whole folder, `difference` only the tensors that changed.
 
     Raises:
-        UserError: the folder holds another conversion, or a layer does not exist.
+        UserError: bad settings, or the folder holds another conversion.
         Unsupported: the model's family has no firing block.
         FloatingPointError: the loss is not finite.
     """
-    model = with_firing_layers(lm.model, conversion.layers, conversion.beta, alpha=1.0)
-    lm = LanguageModel(model, lm.tokenizer, lm.name, lm.batch_size, lm.max_new_tokens)
-    path, recipe = folder / "checkpoint.safetensors", json.dumps(asdict(conversion))
+    if save not in ("model", "difference"):
+        raise UserError(f"task.convert.save={save}: must be model or difference")
+    if run.lm.dtype != torch.float32:
+        raise UserError(f"model.dtype={run.lm.dtype}: conversion trains in float32; use model.dtype=float32")
+    base, before = run.lm, abilities(run.lm) if abilities else {}
+    converted, changed = train(run, conversion, texts, every)
+    stored = AutoConfig.from_pretrained(find(base.name)).dtype or torch.float32
+    converted.model.to(stored)  # type: ignore[arg-type] # mistyped
+    folder = run.folder / save
+    if save == "difference":
+        difference.save(converted.model, base.name, changed, folder)
+    else:
+        converted.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+    run.console.print(f"converted model: [bold]{os.path.relpath(folder)}[/bold]", soft_wrap=True)
+    run.figure(plots.conversion(run.rows()), "conversion")
+    if abilities:
+        after = abilities(LanguageModel.load(folder, str(base.device), "float32", base.batch_size, base.max_new_tokens))
+        frame = pd.DataFrame([{"model": base.name} | dict(before), {"model": "converted"} | dict(after)])
+        run.table(frame, f"abilities before and after: {base.name}, layers {list(conversion.layers)}")
+
+
+def train(run: Run, conversion: Conversion, texts: Texts, every: int) -> tuple[LanguageModel, dict[str, Tensor]]:
+    """The converted model, α = 0 throughout, and the parameters that trained, by name. Logs a row per step."""
+    model = with_firing_layers(run.lm.model, conversion.layers, conversion.beta, alpha=1.0).requires_grad_(False)
+    lm = replace(run.lm, model=model)
+    path, recipe = run.folder / "checkpoint.safetensors", json.dumps(asdict(conversion))
     windows = [_window(lm, layer, conversion.neighbours) for layer in conversion.layers]
     touched = {name: p for window in windows for name, p in window.items()}
+    for p in touched.values():
+        p.data = p.data.clone()  # the base, which shared it until here, stays as it is
     done = checkpoint.step_of(path, recipe)
     if done:
         checkpoint.restore(path, touched, [])
-    for phase, layer in enumerate(conversion.layers):
-        first, block = phase * conversion.steps, model.model.layers[layer]
-        block.alpha = 0.0
-        if done >= first + conversion.steps:
-            continue
-        opt = torch.optim.AdamW(windows[phase].values(), lr=conversion.lr, weight_decay=conversion.weight_decay)
-        if done > first:
-            checkpoint.restore(path, touched, [opt])
-        model.requires_grad_(False)
-        for p in windows[phase].values():
-            p.requires_grad_(True)
-        for step in range(max(0, done - first), conversion.steps):
-            block.alpha = conversion.alpha(step)
-            opt.param_groups[0]["lr"] = conversion.rate(step)
-            loss = text_loss(lm, *batch(lm, texts(first + step), conversion.loss))
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"layer {layer}: the loss became {loss.item()} at step {step}")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(windows[phase].values(), 1.0)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-            log({"step": first + step, "layer": layer, "alpha": block.alpha, "loss": loss.item(), "lr": conversion.rate(step)})
-            if (step + 1) % every == 0 or step + 1 == conversion.steps:
-                checkpoint.save(path, touched, [opt], first + step + 1, recipe)
-        block.alpha = 0.0
-    model.requires_grad_(False)
-    return lm
+    run.store.keep(lambda row: row["step"] < done)
+    with run.progress(len(conversion.layers) * conversion.steps - done) as advance:
+        for phase, layer in enumerate(conversion.layers):
+            first, block = phase * conversion.steps, model.model.layers[layer]
+            block.alpha = 0.0
+            if done >= first + conversion.steps:
+                continue
+            trained = list(windows[phase].values())
+            opt = torch.optim.AdamW(trained, lr=conversion.lr, weight_decay=conversion.weight_decay)
+            if done > first:
+                checkpoint.restore(path, touched, [opt])
+            for p in trained:
+                p.requires_grad_(True)
+            for step in range(max(0, done - first), conversion.steps):
+                block.alpha, opt.param_groups[0]["lr"] = conversion.alpha(step), conversion.rate(step)
+                loss = text_loss(lm, *batch(lm, texts(first + step), conversion.loss))
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"layer {layer}: the loss became {loss.item()} at step {step}")
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                opt.step()
+                opt.zero_grad(set_to_none=True)
+                about = {"lr": conversion.rate(step), "step": first + step, "layer": layer}
+                run.log({"alpha": block.alpha, "loss": loss.item()} | about)
+                if (step + 1) % every == 0 or step + 1 == conversion.steps:
+                    run.store.flush()
+                    checkpoint.save(path, touched, [opt], first + step + 1, recipe)
+                advance(f"layer {layer}: α {block.alpha:.2f}, loss {loss.item():.3f}")
+            for p in trained:
+                p.requires_grad_(False)
+    return lm, touched
 
 
 def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tuple[Tensor, Tensor]:

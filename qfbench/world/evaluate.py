@@ -43,6 +43,18 @@ def right(lm: LanguageModel, tests: Sequence[corpus.Dialogue]) -> list[bool]:
     return [reply.stopped and reply.text == d.answer for d, reply in zip(tests, replies, strict=True)]
 
 
+def abilities(lm: LanguageModel, n: int = 1000, seed: int = 1, show: int = 0) -> dict[str, float]:
+    """The share of `n` test dialogues of each ability that the model answers; prints `show` wrong replies of each."""
+    shares = {}
+    for ability in ABILITIES:
+        tests = dialogues(ability, n, seed)
+        passed = right(lm, tests)
+        shares[ability] = sum(passed) / len(passed)
+        for d in [d for d, ok in zip(tests, passed, strict=True) if not ok][:show]:
+            print(f"{ability}: [{d.system}] {d.query!r} wanted {d.answer!r} got {lm.reply(d.query, d.system)!r}")
+    return shares
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qfbench.world.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="built-in names or folders")
@@ -58,13 +70,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name in args.models:
         lm = LanguageModel.load(name, batch_size=256, max_new_tokens=40)
-        cells = []
-        for ability in ABILITIES:
-            tests = dialogues(ability, args.n, args.seed)
-            passed = right(lm, tests)
-            cells.append(f"{sum(passed) / len(passed):.3f}")
-            for d in [d for d, ok in zip(tests, passed, strict=True) if not ok][: args.show]:
-                print(f"{ability}: [{d.system}] {d.query!r} wanted {d.answer!r} got {lm.reply(d.query, d.system)!r}")
+        cells = [f"{share:.3f}" for share in abilities(lm, args.n, args.seed, args.show).values()]
         count = sum(p.numel() for p in lm.model.parameters())
         table.add_row(Path(name).name, f"{count:,}", str(lm.model.config.num_hidden_layers), *cells)
     Console().print(table)

@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from qfbench import checkpoint
+from qfbench.errors import UserError
 from qfbench.world import corpus
 from qfbench.world.tokenizer import END_OF_TEXT, TURN_END, TURN_START, train_tokenizer
 from qfbench.world.world import World
@@ -183,7 +184,14 @@ def train(name: str, recipe: Recipe, folder: Path, device: str = "cpu", every: i
     tokenizer = train_tokenizer()
     model = build(recipe, tokenizer).to(device)  # type: ignore[arg-type] # transformers' wrapper of `to` is mistyped
     opts = optimizers(model, recipe)
-    start = _restore(folder, model, opts, recipe)
+    path, parameters, made_by = (
+        folder / "checkpoint.safetensors",
+        dict(model.named_parameters()),
+        json.dumps(asdict(recipe)),
+    )
+    start = checkpoint.step_of(path, made_by)
+    if start:
+        checkpoint.restore(path, parameters, opts)
     clock, seen, smooth = time.monotonic(), 0, 0.0
     stream = batches(recipe, tokenizer, start)
     for step in range(start, recipe.steps):
@@ -205,7 +213,7 @@ def train(name: str, recipe: Recipe, folder: Path, device: str = "cpu", every: i
             speed = seen / (time.monotonic() - clock)
             print(f"{name} step {step + 1}/{recipe.steps} loss {smooth:.4f} {speed:.0f} tokens/s", flush=True)
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
-            _checkpoint(folder, model, opts, recipe, step + 1)
+            checkpoint.save(path, parameters, opts, step + 1, made_by)
     final = folder / name
     export(model, tokenizer, recipe, final)
     return final
@@ -218,45 +226,6 @@ def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: 
     (final / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
-def _checkpoint(
-    folder: Path, model: Qwen2ForCausalLM, opts: list[torch.optim.Optimizer], recipe: Recipe, step: int
-) -> None:
-    """Weights and optimizer state in one safetensors file, replaced atomically."""
-    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    for o, opt in enumerate(opts):
-        for i, state in opt.state_dict()["state"].items():
-            tensors |= {f"opt.{o}.{i}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    part = folder / "checkpoint.part"
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()}, part, {"step": str(step), "recipe": json.dumps(asdict(recipe))}
-    )
-    part.replace(folder / "checkpoint.safetensors")
-
-
-def _restore(folder: Path, model: Qwen2ForCausalLM, opts: list[torch.optim.Optimizer], recipe: Recipe) -> int:
-    from safetensors import safe_open
-
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-    if meta["recipe"] != json.dumps(asdict(recipe)):
-        raise SystemExit(f"{path} was written by another recipe; give another --out, or delete it to start afresh")
-    tensors = load_file(path)
-    for n, p in model.named_parameters():
-        p.data.copy_(tensors[f"model.{n}"])
-    for o, opt in enumerate(opts):
-        saved = opt.state_dict()
-        saved["state"] = {}
-        for key, value in tensors.items():
-            if key.startswith(f"opt.{o}."):
-                i, field = key.split(".")[2:]
-                saved["state"].setdefault(int(i), {})[field] = value
-        opt.load_state_dict(saved)
-    return int(meta["step"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qfbench.world.train", description=__doc__.split("\n")[0])
     parser.add_argument("size", choices=RECIPES)
@@ -267,7 +236,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print("wrote", train(args.size, RECIPES[args.size], args.out, args.device))
+    try:
+        print("wrote", train(args.size, RECIPES[args.size], args.out, args.device))
+    except UserError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
