@@ -65,7 +65,7 @@ class Site:
         if not (self.fires(model) and isinstance(block, FiringLayer)):
             raise Unsupported(
                 f"QF2 needs a firing block at layer {self.layer}; "
-                f"`qfbench-convert model=... layers=[{self.layer}]` makes one (world-s-qf2 has one at layer 4)"
+                f"`qfbench experiment=convert model=... model.layer={self.layer}` makes one (model=world-s-qf2 has one at layer 4)"
             )
         return block.beta
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -114,10 +115,13 @@ def convert(
     converted.model.to(stored)  # type: ignore[arg-type] # mistyped
     folder = run.folder / save
     if save == "difference":
-        difference.save(converted.model, base.name, changed, folder)
+        local = (Path(base.name) / "config.json").exists()  # elsewhere a relative path would mean another folder
+        difference.save(converted.model, str(Path(base.name).resolve()) if local else base.name, changed, folder)
     else:
         converted.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
+    recipe = {"base": base.name, **asdict(conversion)}
+    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     run.console.print(f"converted model: [bold]{os.path.relpath(folder)}[/bold]", soft_wrap=True)
     run.figure(plots.conversion(run.rows()), "conversion")
     if abilities:
@@ -160,12 +164,15 @@ def train(run: Run, conversion: Conversion, texts: Texts, every: int) -> tuple[L
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 opt.step()
                 opt.zero_grad(set_to_none=True)
+                state = f"layer {layer}: α {block.alpha:.2f}, loss {loss.item():.3f}"
                 about = {"lr": conversion.rate(step), "step": first + step, "layer": layer}
                 run.log({"alpha": block.alpha, "loss": loss.item()} | about)
                 if (step + 1) % every == 0 or step + 1 == conversion.steps:
                     run.store.flush()
                     checkpoint.save(path, touched, [opt], first + step + 1, recipe)
-                advance(f"layer {layer}: α {block.alpha:.2f}, loss {loss.item():.3f}")
+                    if not run.console.is_terminal:  # a log file shows no progress bar
+                        run.console.print(f"{first + step + 1} steps: {state}")
+                advance(state)
             for p in trained:
                 p.requires_grad_(False)
     return lm, touched
