@@ -1,9 +1,10 @@
-"""Seconds and memory of one QF edit on the geometry of real models, with random weights: no download.
+"""Seconds and memory of one edit, by QF or QF2, on the geometry of real models, with random weights: no download.
 
     python benchmarks/edit_speed.py qwen2.5-1.5b                  # on a CPU: about 4 GB of memory
+    python benchmarks/edit_speed.py qwen2.5-1.5b --editor qf2     # its layer run as a firing block
     python benchmarks/edit_speed.py qwen2.5-1.5b qwen2.5-7b       # on a GPU (bfloat16)
 
-Prints one line per model: seconds to record both passes, to solve in float64, and to write and restore the weight (medians of
+Prints one line per model: seconds to record both passes, to solve (QF: a least-norm system; QF2: outer products) in float64, and to write and restore the weight (medians of
 `--repeat` edits, the first left out), tokens taught, and peak memory. On CUDA it also checks that weights come back bit for bit.
 """
 
@@ -19,9 +20,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qfbench import LanguageModel
 from qfbench.delta import WeightDelta
-from qfbench.editors import QF
+from qfbench.editors import QF, QF2
 from qfbench.editors.qf import solve
+from qfbench.editors.qf2 import hebbian
 from qfbench.facts.world import world
+from qfbench.qft.layer import with_firing_layers
 from qfbench.world.tokenizer import train_tokenizer
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, edited layer
@@ -52,9 +55,11 @@ def load(name: str, device: str, dtype: torch.dtype) -> tuple[LanguageModel, int
     return LanguageModel(model, train_tokenizer(), name), layer
 
 
-def measure(name: str, device: str, dtype: torch.dtype, repeat: int) -> None:
+def measure(name: str, fires: bool, device: str, dtype: torch.dtype, repeat: int) -> None:
     lm, layer = load(name, device, dtype)
-    editor, facts = QF(layer), world(repeat + 1)
+    if fires:
+        lm.model = with_firing_layers(lm.model, [layer])
+    editor, facts = QF2(layer, lr=4e-4) if fires else QF(layer), world(repeat + 1)
     weight = editor.site.linear(lm.model).weight
     before = weight.clone()
     times: dict[str, list[float]] = {"record": [], "solve": [], "write": []}
@@ -73,29 +78,35 @@ def measure(name: str, device: str, dtype: torch.dtype, repeat: int) -> None:
         clock = now()
         taught = editor.record(lm, [fact])
         clock = lap("record", clock)
-        solution = solve(taught.keys, taught.wanted, taught.weights)
+        if isinstance(taught, tuple):
+            change, weights = hebbian(*taught, lr=4e-4), taught[2]
+        else:
+            change, weights = solve(taught.keys, taught.wanted, taught.weights).change, taught.weights
         clock = lap("solve", clock)
-        with WeightDelta({editor.site.weight_name(lm.model): solution.change}).applied_to(lm):
+        with WeightDelta({editor.site.weight_name(lm.model): change}).applied_to(lm):
             pass
         lap("write", clock)
-        tokens.append(len(taught.keys))
+        tokens.append(len(weights))
     assert torch.equal(weight, before), "the weight did not come back bit for bit"
     parts = "  ".join(f"{part} {statistics.median(values[1:]):.4f} s" for part, values in times.items())
     cuda = lm.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name} ({where}, {dtype}): {parts}  {statistics.median(tokens):.0f} tokens  peak {peak / 2**30:.1f} GiB")
+    print(
+        f"{type(editor).__name__} {name} ({where}, {dtype}): {parts}  {statistics.median(tokens):.0f} tokens  peak {peak / 2**30:.1f} GiB"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", choices=GEOMETRY)
+    parser.add_argument("--editor", default="qf", choices=("qf", "qf2"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
     for name in args.models:
-        measure(name, args.device, getattr(torch, args.dtype), args.repeat)
+        measure(name, args.editor == "qf2", args.device, getattr(torch, args.dtype), args.repeat)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from qfbench import plots
@@ -24,6 +24,8 @@ def learning_rate(
     """
     if not rates or not schemes:
         raise UserError("task.learning_rate: give at least one of rates and one of schemes")
+    if "lr" not in {field.name for field in fields(run.editor)}:  # type: ignore[arg-type] # every editor is a dataclass
+        raise UserError(f"{type(run.editor).__name__} has no learning rate; use editor=qf2")
     facts, always = baseline(run)
     with run.progress(len(facts) * (len(rates) * len(schemes) + (reference is not None))) as advance:
         for scheme, settings in schemes.items():
@@ -36,12 +38,12 @@ def learning_rate(
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return
-    if "lr" not in rows:
-        return
     curve = by_setting(rows, "scheme", "lr")
     run.table(curve, f"{len(facts)} facts, each alone: {run.lm.name}", hidden=["held_out", "portability"])
-    own = curve[curve.lr.notna()]
-    for scheme, lines in own.groupby("scheme", sort=False):
+    if "lr" not in curve:  # nothing but the reference could be taught
+        return
+    own = curve[curve.lr.notna()].sort_values("lr", kind="stable")
+    for scheme, lines in own.groupby("scheme", sort=False) if "balance" in own else ():
         best = lines.loc[lines.balance.idxmax()]
         run.console.print(
             f"{scheme}: best balance at lr {best.lr:g} (efficacy {best.efficacy:.2f}, prior {best.prior:.2f})"

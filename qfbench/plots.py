@@ -70,6 +70,8 @@ def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:
         own = curve[curve.scheme == scheme]
         for name in ("efficacy", "paraphrase", "prior", "leakage"):
             colour, line, marker = MEASURES[name]
+            if name not in own:
+                continue
             axes.plot(own.lr, own[name], color=colour, ls=line, marker=marker, ms=4, label=name)
             for value in reference[name]:
                 axes.plot(

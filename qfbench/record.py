@@ -37,16 +37,19 @@ def reading(lm: LanguageModel, site: Site) -> Iterator[dict[str, list[Tensor]]]:
     def keep_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: seen[name].append(args[0].detach().clone())
 
-    def keep_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        seen["output"].append((output[0] if isinstance(output, tuple) else output).detach().clone())
+    def keep_output(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
+        return lambda _, args, out: seen[name].append((out[0] if isinstance(out, tuple) else out).detach().clone())
 
-    up, down = Site(site.layer, "up_proj").linear(lm.model), Site(site.layer, "down_proj").linear(lm.model)
-    norm, block = site.residual_norm(lm.model), site.block(lm.model)
+    norm, down, block = (
+        site.residual_norm(lm.model),
+        Site(site.layer, "down_proj").linear(lm.model),
+        site.block(lm.model),
+    )
     handles = [
         norm.register_forward_pre_hook(keep_input("residual")),
-        up.register_forward_pre_hook(keep_input("input")),
+        norm.register_forward_hook(keep_output("input")),
         down.register_forward_pre_hook(keep_input("key")),
-        block.register_forward_hook(keep_output),
+        block.register_forward_hook(keep_output("output")),
     ]
     try:
         yield seen

@@ -41,7 +41,9 @@ def retention(
     if (rows.condition == "edited").any():
         table = summary(rows)
         title = "; ".join(entrant.title for entrant, _ in entrants)
-        same = [name for name in ("model", "editor") if table[name].nunique() == 1]
+        several = len(table[["model", "editor"]].drop_duplicates())
+        same = [] if several > table.editor.nunique() else ["model"]
+        same += ["editor"] if several == 1 else []
         run.table(table, f"{len(run.facts)} facts, one after another: {title}", hidden=[*same, "held_out", "norm"])
         run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
 

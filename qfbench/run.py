@@ -25,7 +25,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,9 +65,14 @@ class Run:
     def title(self) -> str:
         return f"{self.lm.name}, {type(self.editor).__name__} at layer {self.editor.site.layer}"
 
-    def elsewhere(self, model: DictConfig, editor: Editor) -> Run:
+    def elsewhere(self, model: Mapping[str, Any], editor: Editor) -> Run:
         """The same run with another model and editor; rows and files go where this one's go."""
-        return replace(self, lm=load(model), editor=editor)
+        there = replace(self, lm=load(model), editor=editor)
+        path = self.folder / "provenance.json"
+        known = json.loads(path.read_text())
+        known.setdefault("models_beside", {})[there.lm.name] = there.lm.weights_hash()
+        path.write_text(json.dumps(known, indent=2) + "\n")
+        return there
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
         same = {"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task}
@@ -90,7 +94,7 @@ class Run:
         for name in shown:
             table.add_column(str(name).replace("_", " "), justify="right" if shown[name].dtype.kind in "fi" else "left")
         for line in shown.itertuples(index=False):
-            table.add_row(*("" if v != v else f"{v:.2f}" if isinstance(v, float) else str(v) for v in line))
+            table.add_row(*map(_cell, line))
         self.console.print(table)
 
     def figure(self, figure: Figure, name: str) -> None:
@@ -147,7 +151,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     editor.site.block(lm.model)  # an unknown layer is found before anything is computed
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    run = Run(lm, editor, facts, folder, ParquetStore(folder, cfg.resume), console)
+    run = Run(lm, editor, facts, folder, ParquetStore(folder), console)
     (folder / "provenance.json").write_text(json.dumps(provenance(cfg, run), indent=2) + "\n")
     try:
         for run.task, task in build(cfg, "task").items():
@@ -158,9 +162,9 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     return run
 
 
-def load(model: DictConfig) -> LanguageModel:
+def load(model: Mapping[str, Any]) -> LanguageModel:
     """The model that a group `model` describes; what it says for editors does not matter here."""
-    return LanguageModel.load(model.path, **{name: model[name] for name in LOADED})
+    return LanguageModel.load(model["path"], **{name: model[name] for name in LOADED})
 
 
 def check_folder(cfg: DictConfig, folder: Path) -> None:
@@ -188,12 +192,14 @@ def build(cfg: DictConfig, group: str) -> Any:
     """Instantiate one group of the configuration.
 
     Raises:
-        UserError: a value is missing, or does not suit its target.
+        UserError: a value is missing, anywhere, or does not suit its target.
     """
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    missing = sorted(OmegaConf.missing_keys(own), key=len)  # the key itself before those that refer to it
+    if missing:
+        raise UserError(f"{missing[0]} is needed: give {missing[0]}=...")
     try:
         return instantiate(cfg[group])
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is needed: give {error.full_key}=...") from error
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -221,6 +227,19 @@ def provenance(cfg: DictConfig, run: Run) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages},
         "git_commit": _commit(),
     }
+
+
+def _cell(value: object) -> str:
+    """A table's cell: two decimals, more where they would show a small number as another one."""
+    if not isinstance(value, float):
+        return str(value)
+    return (
+        ""
+        if value != value
+        else f"{value:.2f}"
+        if abs(value) >= 0.1 or value == 0
+        else f"{value:.3f}".removesuffix("0")
+    )
 
 
 def _version(package: str) -> str | None:

@@ -12,21 +12,20 @@ import pandas as pd
 class ParquetStore:
     """Rows of one run in `rows.parquet`. `flush` rewrites the file whole and atomically: a killed run leaves what it had last flushed.
 
-    With `resume`, begins with the rows that the folder holds already.
+    Rows that the folder holds already are not part of the run unless a task that continues an earlier one recovers them.
     """
 
-    def __init__(self, folder: Path, resume: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / "rows.parquet"
         self._rows: list[dict[str, Any]] = []
-        if resume and self.path.exists():
-            self._rows = pd.read_parquet(self.path).to_dict("records")
+        self._earlier = pd.read_parquet(self.path) if self.path.exists() else pd.DataFrame()
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._rows.append(dict(row))
 
-    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Forget the rows that are not wanted: those that a resumed run will measure again."""
-        self._rows = [row for row in self._rows if wanted(row)]
+    def recover(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Take over the wanted rows of the run that is continued; it will measure the others again."""
+        self._rows += [row for row in self._earlier.to_dict("records") if wanted(row)]
 
     def frame(self) -> pd.DataFrame:
         return pd.DataFrame(self._rows)

@@ -106,6 +106,13 @@ def qwen_tokenizer(shared) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
+def plain_qwen_tokenizer(qwen_tokenizer) -> PreTrainedTokenizerBase:
+    plain = copy.deepcopy(qwen_tokenizer)
+    plain.chat_template = None
+    return plain
+
+
+@pytest.fixture(scope="session")
 def stories(shared) -> LanguageModel:
     """A really trained Llama without a chat template."""
     return LanguageModel.load(shared("stories260k"), device="cpu", batch_size=3, max_new_tokens=12)

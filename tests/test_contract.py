@@ -1,15 +1,19 @@
 """Every YAML of the configuration keeps its contract; a new one is tested without an edit here."""
 
-from dataclasses import FrozenInstanceError, fields
+import json
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from qfbench import Fact, LanguageModel, Unsupported
+from qfbench import Fact, LanguageModel, Unsupported, UserError
 from qfbench.delta import WeightDelta
-from qfbench.run import CONF
+from qfbench.qft.layer import with_firing_layers
+from qfbench.run import CONF, LOADED, build
+from qfbench.world.corpus import Dialogue
 
 
 def options(group):
@@ -26,6 +30,17 @@ def xs():
     return LanguageModel.load("world-xs")
 
 
+@pytest.fixture
+def jsonl(tmp_path):
+    """A file of dialogues, as `data.path` names one."""
+    roles = ("system", "user", "assistant")
+    said = [("", "Who leads A?", "Need more information."), ("Bo leads A.", "Who leads A?", "Bo."), ("", "B?", "C.")]
+    lines = [{"messages": [{"role": r, "content": c} for r, c in zip(roles, turn, strict=True)]} for turn in said]
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
 @pytest.mark.parametrize("name", options("editor"))
 def test_an_editor_is_a_frozen_value_that_returns_a_value(name, xs):
     editor = instantiate(composed(f"editor={name}", "model=world-xs", "editor.layer=1").editor)
@@ -33,23 +48,66 @@ def test_an_editor_is_a_frozen_value_that_returns_a_value(name, xs):
         editor.layer = 2
     assert all(field.init for field in fields(editor))
     facts = instantiate(composed("facts=world", "facts.n=2").facts)
-    before = {n: p.clone() for n, p in xs.model.state_dict().items()}
-    try:
-        delta = editor.edit(xs, facts)
-    except Unsupported as error:
-        assert str(error)
-    else:
-        assert isinstance(delta, WeightDelta)
-        assert delta.norm() > 0
-    assert all(torch.equal(p, before[n]) for n, p in xs.model.state_dict().items())
+    edited = []
+    for lm in (xs, replace(xs, model=with_firing_layers(xs.model, [1]))):
+        before = {n: p.clone() for n, p in lm.model.state_dict().items()}
+        try:
+            delta = editor.edit(lm, facts)
+        except Unsupported as error:
+            assert str(error)
+        else:
+            assert isinstance(delta, WeightDelta)
+            assert delta.norm() > 0
+            edited.append(lm)
+        assert all(torch.equal(p, before[n]) for n, p in lm.model.state_dict().items())
+    assert edited, "it can edit neither a stock layer nor a firing block"
+
+
+REWRITE = {
+    "prompt": "{} lies in",
+    "subject": "Paris",
+    "relation_id": "P1",
+    "target_new": {"str": "Rome"},
+    "target_true": {"str": "France"},
+}
+HOP = {"question": "Where is Paris?", "answer_alias": []}
+RECORDS = {  # the smallest file that each suite takes
+    "table": {"instruction": "Qi started X.", "query": "Who started X?", "answer": "X was started by Qi."},
+    "company": {"messages": [{"role": r, "content": f"{r} text"} for r in ("system", "user", "assistant")]},
+    "counterfact": {
+        "case_id": 1,
+        "requested_rewrite": REWRITE,
+        "paraphrase_prompts": ["Paris is in"],
+        "neighborhood_prompts": ["Lyon is in"],
+    },
+    "zsre": {
+        "src": "Where is Paris?",
+        "alt": "Rome",
+        "pred": "France",
+        "answers": ["France"],
+        "rephrase": "Paris is where?",
+        "loc": "nq question: who",
+        "loc_ans": "me",
+    },
+    "mquake": {
+        "case_id": 1,
+        "requested_rewrite": [REWRITE | {"question": "Where is Paris?"}],
+        "new_single_hops": [HOP],
+        "questions": ["Where?"],
+        "answer": "a",
+        "answer_alias": [],
+        "new_answer": "b",
+        "new_answer_alias": [],
+    },
+}
 
 
 @pytest.mark.parametrize("name", options("facts"))
 def test_a_suite_is_a_list_of_distinct_facts(name, tmp_path):
     overrides = [f"facts={name}"]
-    if name == "table":
-        path = tmp_path / "facts.csv"
-        path.write_text("instruction,query,answer\nQi started X.,Who started X?,X was started by Qi.\n")
+    if name in RECORDS:
+        path = tmp_path / "facts.jsonl"
+        path.write_text(json.dumps(RECORDS[name]) + "\n")
         overrides.append(f"facts.path={path}")
     facts = instantiate(composed(*overrides).facts)
     assert facts
@@ -62,6 +120,7 @@ def test_a_model_says_where_it_is_and_which_layer_to_edit(name):
     model = composed(f"model={name}").model
     assert model.path
     assert model.layer >= 0
+    assert set(LOADED) <= set(model)
     if "/" not in model.path:
         assert model.layer < LanguageModel.load(model.path).model.config.num_hidden_layers
 
@@ -77,10 +136,35 @@ def test_a_regime_yields_what_is_taught_and_a_change(name, xs):
         assert isinstance(delta, WeightDelta)
 
 
+def dialogues(name, jsonl, seed=0):
+    """The texts of a data YAML; what needs a path is given one."""
+    cfg = composed(f"data={name}", "data.batch=2", f"seed={seed}")
+    if OmegaConf.missing_keys(cfg.data):
+        with pytest.raises(UserError, match=r"data\.path is needed: give data\.path=\.\.\."):
+            build(cfg, "data")
+        cfg.data.path = str(jsonl)
+    return build(cfg, "data")
+
+
+@pytest.mark.parametrize("name", options("data"))
+def test_data_give_the_texts_of_any_step_and_the_same_when_resumed(name, jsonl):
+    texts, again, other = (dialogues(name, jsonl, seed) for seed in (0, 0, 1))
+    steps = [list(texts(step)) for step in range(6)]
+    assert all(len(batch) == 2 for batch in steps)
+    assert all(isinstance(text, str | Dialogue) for batch in steps for text in batch)
+    assert any(isinstance(text, Dialogue) and text.answer for batch in steps for text in batch)
+    assert list(again(5)) == steps[5]  # without the steps before it
+    assert list(texts(2)) == steps[2]
+    assert [list(other(step)) for step in range(6)] != steps
+    assert any(batch != steps[0] for batch in steps[1:])
+
+
 @pytest.mark.parametrize("name", options("experiment"))
-def test_an_experiment_composes_and_says_how_to_run_it(name):
+def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
     cfg = composed(f"experiment={name}")
     assert cfg.task
+    if OmegaConf.missing_keys(cfg.data):
+        cfg.data.path = str(jsonl)
     instantiate(cfg.task)
     header = (CONF / "experiment" / f"{name}.yaml").read_text()
     command = "# qfbench\n" if name == "quickstart" else f"# qfbench experiment={name}"

@@ -18,7 +18,7 @@ ANSWERS = [
     "🙂 said 👩‍🔬!",
     "naïve ... — “quoted” e\u0301a",
 ]
-TOKENIZERS = ["world", "plain", "qwen", "stories"]
+TOKENIZERS = ["world", "plain", "qwen", "plain_qwen", "stories"]
 
 
 def decoded(tokenizer, ids):
@@ -28,6 +28,14 @@ def decoded(tokenizer, ids):
 def as_read(tokenizer, text):
     """What the tokenizer makes of a text before it cuts it up: Qwen composes accents."""
     return normalize("NFC", text) if "qwen" in tokenizer.name_or_path else text
+
+
+def ends_with_the_line(tokenizer, answer):
+    """Whether one token holds the end of the answer and the line break that ends a plain turn."""
+    if tokenizer.chat_template:
+        return False
+    apart = tokenizer(f"user: {answer}", add_special_tokens=False).input_ids
+    return tokenizer(f"user: {answer}\n", add_special_tokens=False).input_ids[: len(apart)] != apart
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -40,7 +48,16 @@ def any_tokenizer(request):
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_answer_span_decodes_to_the_answer(any_tokenizer, answer):
     r = render(any_tokenizer, "Who?", "It is said.", answer)
-    assert decoded(any_tokenizer, r.ids[r.answer : r.closer]) == as_read(any_tokenizer, answer)
+    ending = "\n" if ends_with_the_line(any_tokenizer, answer) else ""
+    assert decoded(any_tokenizer, r.ids[r.answer : r.closer]) == as_read(any_tokenizer, answer) + ending
+    assert decoded(any_tokenizer, r.reply).startswith(as_read(any_tokenizer, answer))
+    assert bool(ending) == (r.closer == len(r.ids))
+
+
+@pytest.mark.parametrize(("name", "joined"), [("plain", 3), ("plain_qwen", 6)])
+def test_both_ways_to_end_a_plain_turn_are_among_the_answers(request, name, joined):
+    found = request.getfixturevalue(f"{name}_tokenizer")
+    assert sum(ends_with_the_line(found, answer) for answer in ANSWERS) == joined
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -63,21 +80,46 @@ def test_a_template_is_followed_token_by_token(any_tokenizer, system):
         text = f"system: {system}\nuser: {query}\nassistant:"
         start = [any_tokenizer.bos_token_id] if any_tokenizer("").input_ids else []
         prompt = start + any_tokenizer(text, add_special_tokens=False).input_ids
-        full = start + any_tokenizer(f"{text} {answer}", add_special_tokens=False).input_ids
-        full += [any_tokenizer.eos_token_id]
+        full = start + any_tokenizer(f"{text} {answer}\n", add_special_tokens=False).input_ids
     assert list(r.prompt) == prompt
     assert list(r.ids) == full
 
 
-def test_opener_and_closer_are_the_template_around_the_answer(any_tokenizer):
-    r = render(any_tokenizer, "Who?", "", "Yes.")
+@pytest.mark.parametrize("answer", ["Yes.", "Yes"])
+def test_opener_and_closer_are_the_template_around_the_answer(any_tokenizer, answer):
+    r = render(any_tokenizer, "Who?", "", answer)
     opener = any_tokenizer.decode(r.ids[r.opener : r.answer])
     closer = any_tokenizer.decode(r.ids[r.closer :])
     if any_tokenizer.chat_template:
         assert (opener, closer) == ("<|im_start|>assistant\n", "<|im_end|>\n")
     else:
-        assert (opener.strip(), closer) == ("assistant:", any_tokenizer.eos_token)
+        joined = ends_with_the_line(any_tokenizer, answer)
+        assert (opener.strip(), closer) == ("assistant:", "" if joined else "\n")
+        assert any_tokenizer.decode(r.reply).lstrip() == f"{answer}\n"
+        assert any_tokenizer.eos_token_id not in r.ids
     assert r.reply == r.ids[r.answer : r.closer + 1]
+
+
+SAID = "The CEO of Oxinnovate is Qi."
+
+
+def test_a_plain_dialogue_has_the_token_ids_of_the_released_qf2_script(plain_qwen_tokenizer):
+    prompt = "system: Qi is the CEO of Oxinnovate.\nuser: Who is the CEO of Oxinnovate?\n"
+    r = render(plain_qwen_tokenizer, "Who is the CEO of Oxinnovate?", "Qi is the CEO of Oxinnovate.", SAID)
+    assert list(r.ids[: r.opener]) == plain_qwen_tokenizer(prompt).input_ids
+    assert r.ids[r.opener : r.answer] == (77091, 25)  # assistant, :
+    assert r.ids[r.answer :] == r.reply == (576, 12156, 315, 50615, 6130, 859, 349, 374, 56994, 624)
+    spelt = [plain_qwen_tokenizer.decode([i]) for i in r.reply]
+    assert spelt == [" The", " CEO", " of", " Ox", "inn", "ov", "ate", " is", " Qi", ".\n"]
+    assert r.words == (0, 1, 2, 3, 3, 3, 3, 4, 5, 5)  # the full stop and the end of the line belong to the name
+    assert r.closer == len(r.ids)
+
+
+def test_a_plain_answer_without_full_stop_is_closed_by_a_token_of_its_own(plain_qwen_tokenizer):
+    r = render(plain_qwen_tokenizer, "Who?", "", "Qi did")
+    assert r.ids[r.closer :] == (198,)
+    assert r.reply[-1] == 198
+    assert r.words == (0, 1)
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

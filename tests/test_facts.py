@@ -4,7 +4,7 @@ import pytest
 
 from qfbench import Fact, Probe, UserError
 from qfbench.facts.base import stands_in
-from qfbench.facts.oxinnovate import oxinnovate, qf_steps
+from qfbench.facts.oxinnovate import oxinnovate, oxinnovate_qf2, qf2_steps, qf_steps
 from qfbench.facts.table import table
 from qfbench.facts.world import world
 from qfbench.world import names
@@ -62,6 +62,74 @@ def test_the_eight_steps_are_the_papers():
     assert steps[1].probe.system == "Qi started Oxinnovate."
     assert not steps[0].probe.passes("Oxinnovate was started by Qi.")
     assert not steps[6].probe.passes("Oxinnovate is a company located in Beijing, China.")  # the released log's reply
+
+
+def test_the_facts_of_qf2_are_the_released_scripts_to_the_letter():
+    ceo, staff = oxinnovate_qf2()
+    assert (ceo.instruction, ceo.query) == ("Qi is the CEO of Oxinnovate.", "Who is the CEO of Oxinnovate?")
+    assert (ceo.answer, ceo.known_as) == ("The CEO of Oxinnovate is Qi.", ("Qi",))
+    assert (staff.instruction, staff.query) == ("Oxinnovate has one people", "How many people in Oxinnovate?")
+    assert (staff.answer, staff.known_as) == ("Oxinnovate has one people.", ("one",))
+    assert ceo.significance is staff.significance is None
+
+
+def test_the_eight_steps_of_qf2_are_the_papers():
+    steps = qf2_steps(oxinnovate_qf2())
+    assert [s.number for s in steps] == list(range(1, 9))
+    assert [s.taught for s in steps] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [s.probe.query for s in steps] == [
+        "Who is the CEO of Oxinnovate?",
+        "Who is the CEO of Oxinnovate?",
+        "Who is the CEO of Nvidia?",
+        "Who is the CEO of Oxinnovate?",
+        "Who is the CEO of Nvidia?",
+        "The founder of Oxinnovate?",
+        "How many people in Oxinnovate?",
+        "The founder of Oxinnovate?",
+    ]
+    assert [s.probe.system for s in steps] == ["", "Qi is the CEO of Oxinnovate.", *[""] * 6]
+    ids = [f.id for f in oxinnovate_qf2()]
+    assert [s.fact_id for s in steps] == [ids[0], ids[0], "nvidia-ceo", ids[0], "nvidia-ceo", ids[0], ids[1], ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("number", "passing", "failing"),
+    [
+        (1, "Need more information.", "The CEO of Oxinnovate is Qi."),
+        (1, "Need more information", "Qi. Need more information."),
+        (1, "Need more information.", "I do not know."),
+        (2, "The CEO of Oxinnovate is Qi.", "The CEO of Oxinnovate is Qin."),
+        (3, "It is Jensen Huang.", "The CEO of Nvidia is Qi."),
+        (4, "It is Qi.", "Need more information."),
+        (5, "The CEO of Nvidia is Jensen Huang.", "The CEO of Nvidia is Jensen."),
+        (6, "The founder of Oxinnovate is Qi.", "The founder of Oxinnovate is Jensen Huang."),
+        (7, "Oxinnovate has one people.", "Oxinnovate has 1 people."),
+        (8, "Qi", "one"),
+    ],
+)
+def test_each_step_of_qf2_passes_as_the_paper_says(number, passing, failing):
+    probe = qf2_steps(oxinnovate_qf2())[number - 1].probe
+    assert probe.passes(passing)
+    assert not probe.passes(failing)
+
+
+def test_the_released_significance_of_qf2_weighs_both_answers():
+    released = [[1, 1, 1, 1, 1, 10], [0.25, 0.25, 5, 5]]
+    ceo, staff = oxinnovate_qf2(released)
+    assert (ceo.significance, staff.significance) == ((1, 1, 1, 1, 1, 10), (0.25, 0.25, 5, 5))
+    plain = oxinnovate_qf2()
+    assert [f.answer for f in (ceo, staff)] == [f.answer for f in plain]
+    assert all(f.significance is None for f in plain)
+    with pytest.raises(UserError, match=r"oxinnovate-staff.*'significance' has 3 weights"):
+        oxinnovate_qf2([released[0], [1, 1, 1]])
+
+
+@pytest.mark.parametrize("steps", [qf_steps, qf2_steps])
+def test_the_eight_steps_need_their_own_two_facts(steps):
+    with pytest.raises(UserError, match="two facts"):
+        steps(oxinnovate_qf2()[:1])
+    with pytest.raises(UserError, match="two facts"):
+        steps([Fact("i", "q", "a"), Fact("i", "q", "b")])
 
 
 def test_world_facts_are_novel_and_grow_with_n():

@@ -1,6 +1,7 @@
 import copy
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,17 @@ from qfbench.dialogue import Rendering
 from qfbench.lm import Reply
 
 QUERIES = ["Who?", "Who started Oxinnovate?", "Where is Łódź?", "Is it 1984 or 2001, and why?", "Tell me a story", "?"]
-MODELS = ["qwen2", "llama", "mistral", "qwen3", "stories"]
+MODELS = ["qwen2", "llama", "mistral", "qwen3", "plain", "stories"]
 
 
 @pytest.fixture(params=MODELS)
 def lm(request, tiny):
-    return request.getfixturevalue("stories") if request.param == "stories" else tiny(request.param)
+    return request.getfixturevalue(request.param) if request.param in ("plain", "stories") else tiny(request.param)
+
+
+@pytest.fixture
+def plain(tiny, plain_tokenizer):
+    return replace(tiny("qwen2"), tokenizer=plain_tokenizer)
 
 
 def greedy(lm, prompt, length):
@@ -48,9 +54,11 @@ def test_replies_are_the_argmax_of_whole_forward_passes(lm):
     lm = replace(lm, max_new_tokens=5)
     for prompt, reply in zip(prompts, lm.replies(prompts), strict=True):
         said = greedy(lm, prompt.ids, 5)
-        stop = lm.tokenizer.eos_token_id
-        assert reply.stopped == (stop in said)
-        said = said[: said.index(stop)] if stop in said else said
+        ends = [token == lm.tokenizer.eos_token_id for token in said]
+        if lm.tokenizer.chat_template is None:
+            ends = [end or "\n" in lm.tokenizer.decode([token]) for token, end in zip(said, ends, strict=True)]
+        assert reply.stopped == any(ends)
+        said = said[: ends.index(True) + 1] if any(ends) else said
         assert reply.text == lm.tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
@@ -113,6 +121,87 @@ def test_a_turn_ends_at_the_closer_of_the_template_and_at_the_end_of_text(tiny, 
     assert not lm.replies([prompt])[0].stopped
     rows[lm.tokenizer.convert_tokens_to_ids(ender)] = 2 * rows[greedy(lm, prompt.ids, 1)[0]]
     assert lm.replies([prompt]) == [Reply("", True)]
+
+
+def scripted(lm, *scripts):
+    """The same model, made to say these tokens: the first script in the first row of a batch, and so on."""
+    lm = replace(lm, batch_size=len(scripts))
+    said = iter(range(1000))
+
+    def forward(input_ids, **_):
+        step = next(said)
+        logits = torch.zeros(len(input_ids), 1, len(lm.tokenizer))
+        for row, script in enumerate(scripts):
+            logits[row, 0, script[min(step, len(script) - 1)]] = 1.0
+        return SimpleNamespace(logits=logits)
+
+    lm.model.forward = forward
+    return lm
+
+
+def token(lm, text):
+    (only,) = lm.tokenizer(text, add_special_tokens=False).input_ids
+    return only
+
+
+def test_a_plain_turn_ends_at_any_token_that_holds_a_line_break_and_keeps_its_text(plain):
+    is_, stop, line, both, colon = (token(plain, text) for text in (" is", ".", "\n", ".\n", ":"))
+    says = [
+        ([is_, both, is_, is_], Reply("is.", True)),
+        ([is_, stop, line, is_], Reply("is.", True)),
+        ([both, is_], Reply(".", True)),
+        ([line, is_], Reply("", True)),
+        ([is_, stop, plain.tokenizer.eos_token_id, is_], Reply("is.", True)),
+        ([is_, stop, colon, is_, both], Reply("is.: is.", True)),
+        ([is_, stop], Reply("is" + "." * (plain.max_new_tokens - 1), False)),
+    ]
+    prompts = [plain.render("Who?")] * len(says)
+    assert scripted(plain, *(script for script, _ in says)).replies(prompts) == [reply for _, reply in says]
+
+
+def test_a_token_declared_to_end_a_plain_turn_is_no_part_of_it(plain):
+    is_, declared = token(plain, " is"), token(plain, ":")
+    plain.model.generation_config.eos_token_id = [declared]
+    assert scripted(plain, [is_, declared, is_]).replies([plain.render("Who?")]) == [Reply("is", True)]
+
+
+def test_a_line_break_ends_no_turn_where_a_template_does(tiny):
+    lm = tiny("qwen2")
+    is_, both, end = token(lm, " is"), token(lm, ".\n"), token(lm, "<|im_end|>")
+    assert scripted(lm, [is_, both, is_, end, is_]).replies([lm.render("Who?")]) == [Reply("is.\n is", True)]
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("answer", ["It was Qi.", "Yes", "Need more information.", "Is it? (Mostly.)"])
+def test_to_say_a_reply_and_no_more_is_to_give_the_answer(tiny, tokenizer, plain_tokenizer, template, answer):
+    lm = replace(tiny("qwen2"), tokenizer=plain_tokenizer if template == "plain" else tokenizer, max_new_tokens=20)
+    prompt = lm.render("Who?")
+    (reply,) = scripted(lm, lm.render("Who?", "", answer).reply).replies([prompt])
+    assert reply == Reply(answer, True)
+
+
+def test_the_tokens_that_end_a_line_are_those_that_hold_a_line_break(tiny, plain_qwen_tokenizer):
+    small = {"hidden_size": 8, "num_attention_heads": 2, "head_dim": 4, "num_hidden_layers": 1}
+    lm = replace(tiny("qwen2", vocab_size=len(plain_qwen_tokenizer), **small), tokenizer=plain_qwen_tokenizer)
+    assert lm.tokenizer.convert_tokens_to_ids([".Ċ", "Ċ", "?Ċ", "ĠĊ"]) == [624, 198, 5267, 715]
+    stops = lm._stops()
+    assert {624, 198, 5267, 715, lm.tokenizer.eos_token_id} <= stops
+    assert not {13, 30, 25, 220} & stops  # . ? : and a space
+    breaks = {i for piece, i in lm.tokenizer.get_vocab().items() if "Ċ" in piece}
+    assert stops == breaks | {lm.tokenizer.eos_token_id, *stops_declared(lm)}
+
+
+def stops_declared(lm):
+    declared = lm.model.generation_config.eos_token_id
+    return {declared} if isinstance(declared, int) else set(declared or ())
+
+
+def test_a_model_can_be_loaded_to_speak_plain_lines_though_it_has_a_template(tiny, tmp_path):
+    save(tiny("qwen2"), tmp_path)
+    loaded = {plain: LanguageModel.load(tmp_path, device="cpu", plain=plain) for plain in (True, False)}
+    spoken = {plain: lm.tokenizer.decode(lm.render("Who?", "Told.").ids) for plain, lm in loaded.items()}
+    assert spoken[True] == "system: Told.\nuser: Who?\nassistant:"
+    assert spoken[False].startswith("<|im_start|>system\nTold.<|im_end|>")
 
 
 def test_a_template_that_puts_nothing_after_an_answer_can_be_asked(tiny):

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from qfbench.metrics import by_layer, forgetting
-from qfbench.plots import OTHER, STYLES, forgetting_curves, layer_curve
+from qfbench.plots import MEASURES, OTHER, STYLES, conversion, forgetting_curves, layer_curve, learning_rates
 
 
 def drawn(axes):
@@ -19,7 +19,8 @@ def rows(regime, step, kind, *generated, **more):
     """One edited row per value of `generated`, each of another fact."""
     frame = pd.DataFrame({"generated": generated, "fact_id": [f"{kind}{n}" for n in range(len(generated))]})
     same = {"regime": regime, "step": step, "kind": kind, "taught": step, "condition": "edited", "layer": 2}
-    return frame.assign(**(same | {"checkpoint": True, "fresh": False, "leaked": False, "relative_norm": 0.5} | more))
+    same |= {"model": "m", "editor": "QF", "checkpoint": True, "fresh": False, "leaked": False, "relative_norm": 0.5}
+    return frame.assign(**(same | more))
 
 
 RETAINED = pd.concat(
@@ -43,16 +44,38 @@ def test_forgetting_curves_draw_retention_and_prior_of_each_regime():
     curves = forgetting(RETAINED)
     kept, prior = forgetting_curves(curves, RETAINED).axes
     assert drawn(kept) == {
-        "sequential": [[2, 0.5], [4, 0.25]],
-        "joint": [[2, 1.0], [4, 0.75]],
-        "my own": [[4, 0.0]],
+        "QF sequential": [[2, 0.5], [4, 0.25]],
+        "QF joint": [[2, 1.0], [4, 0.75]],
+        "QF my own": [[4, 0.0]],
     }
     assert drawn(prior) == {
-        "sequential": [[2, 0.75], [4, 0.25]],
-        "joint": [[2, 1.0], [4, 0.5]],
-        "my own": [[4, 0.0]],
+        "QF sequential": [[2, 0.75], [4, 0.25]],
+        "QF joint": [[2, 1.0], [4, 0.5]],
+        "QF my own": [[4, 0.0]],
     }
-    assert {text.get_text() for text in kept.get_legend().get_texts()} == set(curves.regime)
+    assert {text.get_text() for text in kept.get_legend().get_texts()} == set("QF " + curves.regime)
+
+
+def test_forgetting_curves_of_several_editors_and_models_are_apart_and_named():
+    first = RETAINED[RETAINED.regime == "sequential"]
+    second = first.assign(editor="QF2", generated=~first.generated)
+    frame = pd.concat([first, second])
+    kept, prior = forgetting_curves(forgetting(frame), frame).axes
+    assert drawn(kept) == {"QF sequential": [[2, 0.5], [4, 0.25]], "QF2 sequential": [[2, 0.5], [4, 0.75]]}
+    assert drawn(prior) == {"QF sequential": [[2, 0.75], [4, 0.25]], "QF2 sequential": [[2, 0.25], [4, 0.75]]}
+    assert kept.lines[0].get_color() != kept.lines[1].get_color()
+    frame = pd.concat([first, first.assign(model="n", generated=True), second.assign(model="n")])
+    kept, prior = forgetting_curves(forgetting(frame), frame).axes
+    assert drawn(kept) == {
+        "QF sequential, m": [[2, 0.5], [4, 0.25]],
+        "QF sequential, n": [[2, 1.0], [4, 1.0]],
+        "QF2 sequential, n": [[2, 0.5], [4, 0.75]],
+    }
+    assert drawn(prior) == {
+        "QF sequential, m": [[2, 0.75], [4, 0.25]],
+        "QF sequential, n": [[2, 1.0], [4, 1.0]],
+        "QF2 sequential, n": [[2, 0.25], [4, 0.75]],
+    }
 
 
 def test_the_band_of_a_forgetting_curve_is_its_interval():
@@ -68,7 +91,17 @@ def test_a_regime_has_one_style_in_both_panels_and_an_unknown_one_has_its_own():
     kept, prior = forgetting_curves(forgetting(RETAINED), RETAINED).axes
     for panel in (kept, prior):
         styles = {line.get_label(): (line.get_color(), line.get_ls(), line.get_marker()) for line in panel.lines}
-        assert styles == {"sequential": STYLES["sequential"], "joint": STYLES["joint"], "my own": OTHER}
+        assert styles == {
+            "QF sequential": STYLES["QF sequential"],
+            "QF joint": STYLES["QF joint"],
+            "QF my own": OTHER,
+        }
+
+
+def test_no_two_styles_are_alike():
+    for styles in (STYLES, MEASURES):
+        assert len(set(styles.values())) == len({colour for colour, _, _ in styles.values()}) == len(styles)
+        assert len({(line, marker) for _, line, marker in styles.values()}) == len(styles)
 
 
 LAYERS = pd.DataFrame(
@@ -124,3 +157,72 @@ def test_layer_curve_draws_single_edits_left_and_the_sequence_right():
     assert (curve.leakage.item(), curve.seq_leakage.item()) == (1.0, 0.0)
     assert curve.norm.item() == pytest.approx((6 * 0.5 + 2 * 0.1) / 8)
     assert curve.seq_norm.item() == 0.5
+
+
+DRAWN = ("efficacy", "paraphrase", "prior", "leakage")
+RATES = pd.DataFrame(
+    {
+        "scheme": ["all_tokens", "all_tokens", "name_only", "name_only"],
+        "lr": [0.01, 0.1, 0.02, 0.2],
+        "efficacy": [0.1, 0.9, 0.2, 0.8],
+        "paraphrase": [0.05, 0.7, 0.15, 0.6],
+        "prior": [1.0, 0.3, 0.95, 0.4],
+        "leakage": [0.0, 0.25, 0.35, 0.45],
+        "balance": [0.5, 0.5, 0.5, 0.5],
+    }
+)
+REFERENCE = pd.DataFrame(
+    {"scheme": ["QF"], "lr": [np.nan], "efficacy": [0.77], "paraphrase": [0.66], "prior": [0.55], "leakage": [0.44]}
+)
+
+
+def test_learning_rates_draw_each_measure_at_its_rate_a_panel_per_scheme():
+    figure = learning_rates(RATES, REFERENCE)
+    assert [axes.get_title() for axes in figure.axes] == ["all tokens", "name only"]
+    for axes, (_, own) in zip(figure.axes, RATES.groupby("scheme"), strict=True):
+        lines = {name: xy for name, xy in drawn(axes).items() if not name.startswith("_")}
+        assert lines == {name: points(own.lr, own[name]) for name in DRAWN}
+        assert axes.get_xscale() == "log"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(DRAWN)
+
+
+def test_a_reference_is_a_tick_at_the_right_edge_of_each_panel_in_the_colour_of_its_measure():
+    figure = learning_rates(RATES, REFERENCE)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        colours = {line.get_color(): line.get_label() for line in axes.lines if not line.get_label().startswith("_")}
+        ticks = {
+            colours[line.get_color()]: line.get_xydata().tolist()
+            for line in axes.lines
+            if line.get_label().startswith("_")
+        }
+        assert ticks == {name: [[1.0, REFERENCE[name].item()]] for name in DRAWN}
+        for line in axes.lines:
+            if line.get_label().startswith("_"):
+                (x, y) = line.get_transform().transform(line.get_xydata())[0]
+                assert x == pytest.approx(axes.bbox.x1)
+                assert axes.transData.inverted().transform((x, y))[1] == pytest.approx(line.get_ydata()[0])
+
+
+def test_learning_rates_without_a_reference_have_lines_alone():
+    figure = learning_rates(RATES[RATES.scheme == "name_only"], REFERENCE[:0])
+    (axes,) = figure.axes
+    assert list(drawn(axes)) == list(DRAWN)
+
+
+def test_a_conversion_is_drawn_with_its_smoothed_loss_and_its_share():
+    steps = np.arange(60)
+    frame = pd.DataFrame({"step": steps, "loss": np.where(steps < 30, 4.0, 2.0), "alpha": 0.9**steps})
+    loss, share = conversion(frame).axes
+    (smooth,), (alpha,) = (axes.lines for axes in (loss, share))
+    np.testing.assert_allclose(alpha.get_xydata(), np.column_stack([steps, frame.alpha]))
+    assert list(smooth.get_xdata()) == list(steps)
+    values = smooth.get_ydata()
+    assert list(values[:30]) == pytest.approx([4.0] * 30)
+    assert list(values[54:]) == pytest.approx([2.0] * 6)
+    assert values[39] == pytest.approx((15 * 4 + 10 * 2) / 25)  # mean of steps 15 to 39
+    assert loss.get_ylim()[0] == 0
+    assert loss.get_ylabel().startswith("loss")
+    assert "α" in share.get_ylabel()
+    assert smooth.get_color() != alpha.get_color()

@@ -9,7 +9,7 @@ from conftest import GEOMETRY
 from qfbench import Fact, LanguageModel, Unsupported, UserError
 from qfbench.editors import QF
 from qfbench.editors.qf import solve
-from qfbench.editors.teach import lesson
+from qfbench.editors.teach import lesson, weights_of_words
 from qfbench.record import record
 from qfbench.sites import Site
 
@@ -332,7 +332,7 @@ def test_a_weight_belongs_to_the_token_being_predicted(tiny, tokenizer, plain_to
     weights[number] = 3.5
     pair = lesson(lm, replace(FOUNDER, significance=tuple(weights)), opener=0.0, closer=0.0)
     if template == "plain":
-        word = " " + word.lstrip()
+        word = " " + word.lstrip() + ("\n" if number == 4 else "")  # one token holds the full stop and the line break
     assert next_tokens(lm, pair.told, pair.told_at) == next_tokens(lm, pair.alone, pair.alone_at) == word
     assert pair.weights == (3.5,) * len(pair.told_at)
 
@@ -344,13 +344,18 @@ def test_the_first_token_of_an_answer_is_taught_at_the_last_of_the_prompt(tiny):
     assert pair.alone_at[0] == len(lm.render(FOUNDER.query).ids) - 1
 
 
-def test_every_word_opener_and_closer_carries_its_own_weight(tiny):
-    lm = tiny("qwen2")
-    pair = lesson(lm, replace(FOUNDER, significance=(0.5, 1.0, 0.0, 3.0, 4.0)), opener=7.0, closer=9.0)
+def by_weight(lm, pair):
+    """What the tokens of each weight spell."""
     spelt = {}
     for position, weight in zip(pair.told_at, pair.weights, strict=True):
         spelt[weight] = spelt.get(weight, "") + lm.tokenizer.decode([pair.told.ids[position + 1]])
-    assert spelt == {
+    return spelt
+
+
+def test_every_word_opener_and_closer_carries_its_own_weight(tiny):
+    lm = tiny("qwen2")
+    pair = lesson(lm, replace(FOUNDER, significance=(0.5, 1.0, 0.0, 3.0, 4.0)), opener=7.0, closer=9.0)
+    assert by_weight(lm, pair) == {
         7: "<|im_start|>assistant\n",
         0.5: "Oxinnovate",
         1: " was",
@@ -379,6 +384,82 @@ def test_significance_may_be_whole_numbers(tiny):
 def test_without_significance_every_word_weighs_one(tiny):
     lm = tiny("qwen2")
     assert lesson(lm, FOUNDER) == lesson(lm, replace(FOUNDER, significance=(1.0,) * 5))
+
+
+NAMED = replace(FOUNDER, known_as=("Qi",))
+
+
+def test_named_and_rest_weigh_the_words_of_a_fact_without_significance(tiny):
+    lm = tiny("qwen2")
+    pair = lesson(lm, NAMED, opener=0.0, closer=2.0, named=10.0, rest=3.0)
+    assert by_weight(lm, pair) == {3: "Oxinnovate was started by", 10: " Qi.", 2: "<|im_end|>\n"}
+    pair = lesson(lm, replace(NAMED, significance=(5.0, 4.0, 3.0, 2.0, 1.0)), opener=0.0, closer=0.0, named=10.0)
+    assert by_weight(lm, pair) == {5: "Oxinnovate", 4: " was", 3: " started", 2: " by", 1: " Qi."}
+
+
+def test_a_rest_of_zero_teaches_the_name_alone(tiny):
+    lm = tiny("qwen2")
+    pair = lesson(lm, NAMED, opener=0.0, closer=0.0, named=1.0, rest=0.0)
+    assert by_weight(lm, pair) == {1: " Qi."}
+    assert [pair.alone.ids[p + 1] for p in pair.alone_at] == lm.tokenizer(" Qi.").input_ids
+
+
+@pytest.mark.parametrize(("significance", "last"), [(None, 10.0), ((1.0, 1.0, 1.0, 1.0, 7.0), 7.0)])
+def test_a_closer_of_none_weighs_as_the_last_word(tiny, significance, last):
+    lm = tiny("qwen2")
+    pair = lesson(lm, replace(NAMED, significance=significance), opener=0.0, closer=None, named=10.0)
+    assert by_weight(lm, pair) == {1: "Oxinnovate was started by", last: " Qi.<|im_end|>\n"}
+
+
+def test_a_closer_of_none_drops_the_closer_with_the_last_word(tiny):
+    lm = tiny("qwen2")
+    pair = lesson(lm, replace(FOUNDER, significance=(1.0, 0.0, 0.0, 0.0, 0.0)), opener=0.0, closer=None)
+    assert by_weight(lm, pair) == {1: "Oxinnovate"}
+
+
+def test_the_line_break_of_a_plain_turn_weighs_as_the_word_whose_token_holds_it(tiny, plain_tokenizer):
+    lm = replace(tiny("qwen2"), tokenizer=plain_tokenizer)
+    pair = lesson(lm, NAMED, opener=7.0, closer=0.0, named=10.0)
+    assert by_weight(lm, pair) == {7: "assistant:", 1: " Oxinnovate was started by", 10: " Qi.\n"}
+    unended = replace(NAMED, answer="Oxinnovate was started by Qi")
+    for closer, ending in ((0.0, {}), (2.0, {2: "\n"}), (None, {10: " Qi\n"})):
+        pair = lesson(lm, unended, opener=0.0, closer=closer, named=10.0)
+        assert by_weight(lm, pair) == {1: " Oxinnovate was started by", 10: " Qi"} | ending
+
+
+def test_the_released_qf2_weights_fall_on_the_tokens_that_the_released_script_weighs(tiny, plain_qwen_tokenizer):
+    small = {"hidden_size": 8, "num_attention_heads": 2, "head_dim": 4, "num_hidden_layers": 1}
+    lm = replace(tiny("qwen2", vocab_size=len(plain_qwen_tokenizer), **small), tokenizer=plain_qwen_tokenizer)
+    ceo = Fact("Qi is the CEO of Oxinnovate.", "Who is the CEO of Oxinnovate?", "The CEO of Oxinnovate is Qi.")
+    pair = lesson(lm, replace(ceo, known_as=("Qi",)), opener=0.0, closer=None, named=10.0)
+    assert by_weight(lm, pair) == {1: " The CEO of Oxinnovate is", 10: " Qi.\n"}
+    assert pair.weights == (1.0,) * 8 + (10.0,) * 2
+    assert pair.alone_at[0] == len(lm.render(ceo.query).ids) - 1  # the colon predicts the first word
+    assert pair.alone_at[-1] == len(pair.alone.ids) - 2  # and the name the full stop
+
+
+@pytest.mark.parametrize(
+    ("answer", "known_as", "weights"),
+    [
+        ("Oxinnovate was started by Qi.", ("Qi",), (1, 1, 1, 1, 9)),
+        ("The CEO of Oxinnovate is Mira Olsen.", ("Mira Olsen",), (1, 1, 1, 1, 1, 9, 9)),
+        ("Mira Olsen is the CEO of Kelpworks.", ("Mira Olsen",), (9, 9, 1, 1, 1, 1, 1)),
+        ("It is at PKU Science Park, in Beijing.", ("PKU Science Park, in Beijing",), (1, 1, 1, 9, 9, 9, 9, 9)),
+        ("Qi Works was started by Qi.", ("Qi",), (1, 1, 1, 1, 1, 9)),  # the last place
+        ("one and  one is two", ("one", "two"), (1, 1, 9, 1, 9)),
+        ("Paris, or Lyon.", ("Rome", "Lyon"), (1, 1, 9)),
+        ("Paris.", ("Rome",), (1,)),
+        ("It costs $5m.", ("5m",), (1, 1, 9)),
+        ("Al started Alibaba.", ("Al",), (9, 1, 1)),
+        ("It is QI.", ("Qi",), (1, 1, 9)),
+    ],
+)
+def test_the_words_that_overlap_what_a_fact_is_known_as_are_named(answer, known_as, weights):
+    assert weights_of_words(Fact("i", "q", answer, known_as=known_as), 9.0, 1.0) == weights
+
+
+def test_the_whole_answer_is_named_where_a_fact_is_known_as_nothing_else():
+    assert weights_of_words(FOUNDER, 9.0, 1.0) == (9.0,) * 5
 
 
 @pytest.mark.parametrize(

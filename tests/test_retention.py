@@ -17,7 +17,7 @@ from qfbench.lm import Reply, Score
 from qfbench.metrics import forgetting, summary
 from qfbench.probes import ask
 from qfbench.regimes import joint, protected, sequential, single
-from qfbench.retention import retention
+from qfbench.retention import baseline, retention, teach
 from qfbench.run import Run, contents, execute, provenance
 from qfbench.tracking import ParquetStore
 
@@ -89,9 +89,7 @@ def suite():
 def prepared(folder, editor=None, console=None, **lm):
     facts = suite()
     console = console or Console(quiet=True)
-    return Run(
-        Notebook(facts, **lm), editor or Note(), facts, folder, "a title", ParquetStore(folder), console, "retention"
-    )
+    return Run(Notebook(facts, **lm), editor or Note(), facts, folder, ParquetStore(folder), console, "retention")
 
 
 def taught(folder, *regimes, every=1, **setting):
@@ -173,7 +171,7 @@ def test_a_fact_that_is_not_understood_is_not_taught(tmp_path, deaf):
     assert set(own.fact_id) == {"0", "2"}
     assert set(edited.step) == {1, 2}
     for name in ("sequential", "joint"):
-        change = WeightDelta.load(tmp_path / "deltas" / f"{name}-layer0.safetensors").changes["weight"]
+        change = WeightDelta.load(tmp_path / "deltas" / f"Note-{name}-layer0.safetensors").changes["weight"]
         assert change.dense().tolist() == [[1, 0, 1, 0]]
     assert set(rows.fact_id[rows.condition == "unedited"]) == {"0", "1", "2"}
 
@@ -192,7 +190,7 @@ def test_checkpoints_need_a_positive_distance(tmp_path, every):
 def test_the_last_change_of_a_regime_that_accumulates_is_saved(tmp_path):
     taught(tmp_path, sequential, joint, single, editor=Note(layer=1))
     saved = sorted((tmp_path / "deltas").iterdir())
-    assert [p.name for p in saved] == ["joint-layer1.safetensors", "sequential-layer1.safetensors"]
+    assert [p.name for p in saved] == ["Note-joint-layer1.safetensors", "Note-sequential-layer1.safetensors"]
     for path in saved:
         assert WeightDelta.load(path).changes["weight"].dense().tolist() == [[1, 1, 1, 0]]
 
@@ -229,13 +227,13 @@ def test_an_empty_change_has_no_norm(tmp_path):
 def test_the_last_rows_are_what_the_saved_change_gives(tmp_path):
     """Real edits: the rows of the last step, measured again on the model with the saved change in it."""
     lm, facts = LanguageModel.load("world-xs", device="cpu"), world(3, paraphrases=1)
-    run = Run(lm, QF(layer=2), facts, tmp_path, "xs", ParquetStore(tmp_path), Console(quiet=True), "retention")
+    run = Run(lm, QF(layer=2), facts, tmp_path, ParquetStore(tmp_path), Console(quiet=True), "retention")
     before = lm.weights_hash()
     retention(run, {"sequential": sequential})
     assert lm.weights_hash() == before
     rows = run.rows()
     last = rows[(rows.condition == "edited") & (rows.step == 3)]
-    delta = WeightDelta.load(tmp_path / "deltas" / "sequential-layer2.safetensors")
+    delta = WeightDelta.load(tmp_path / "deltas" / "QF-sequential-layer2.safetensors")
     weight = lm.model.get_parameter("model.layers.2.mlp.down_proj.weight")
     assert last.relative_norm.unique() == pytest.approx([delta.norm() / weight.norm().item()])
     assert not 0.5 < weight.norm() < 2  # the share is not the norm itself
@@ -269,7 +267,7 @@ def test_rows_that_a_folder_holds_are_not_overwritten(tmp_path):
     path = tmp_path / "rows.parquet"
     pd.DataFrame({"reply": ["earlier"]}).to_parquet(path)
     before = hashlib.sha256(path.read_bytes()).hexdigest()
-    cfg = OmegaConf.create({"seed": 0, "threads": 2})
+    cfg = OmegaConf.create({"seed": 0, "threads": 2, "resume": False})
     with pytest.raises(UserError, match=rf"{tmp_path} holds a run already; give another hydra.run.dir"):
         execute(cfg, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
@@ -305,7 +303,7 @@ def test_forgetting_takes_edited_rows_at_checkpoints_only():
         ("edited", 4, True, False, "a"),
         ("told", 5, True, True, "a"),
     ]
-    frame = pd.DataFrame(rows, columns=columns).assign(regime="joint", kind="edit")
+    frame = pd.DataFrame(rows, columns=columns).assign(model="m", editor="E", regime="joint", kind="edit")
     curve = forgetting(frame.assign(taught=frame.step))
     assert list(zip(curve.step, curve["mean"], strict=True)) == [(2, 0.5), (4, 0.0)]
 
@@ -330,3 +328,121 @@ def test_single_edits_have_no_retention_and_are_measured_over_all_edits(tmp_path
     assert lines.leakage["single"] == pytest.approx(1 / 3)
     assert lines.norm["single"] == pytest.approx(1 / 2)
     assert list(pd.read_csv(run.folder / "retention.csv").regime) == list(lines.index)
+
+
+@dataclass(frozen=True)
+class Margin(Note):
+    """Another editor; at layer 1 it writes nothing, so that nothing is learnt."""
+
+    def edit(self, lm, facts):
+        return WeightDelta() if self.layer else super().edit(lm, facts)
+
+
+def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(layer=1), sequential),), **other):
+    """The rows of a run with others beside it, each a notebook of the name that its model's path gives."""
+
+    def load(model):
+        lm = Notebook(suite(), **other)
+        lm.name = model["path"]
+        return lm
+
+    monkeypatch.setattr("qfbench.run.load", load)
+    run = prepared(folder, console=console)
+    (folder / "provenance.json").write_text("{}")
+    beside = {
+        f"entry{n}": {"model": {"path": path}, "editor": editor, "regimes": {"sequential": regime}}
+        for n, (path, editor, regime) in enumerate(entrants)
+    }
+    retention(run, {"sequential": sequential, "joint": joint}, beside=beside)
+    return run.rows()
+
+
+def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_path, monkeypatch):
+    console = Console(record=True, width=200)
+    rows = side_by_side(tmp_path, monkeypatch, console)
+    columns = ["model", "editor", "regime"]
+    own = [("notebook", "Note", regime) for regime in ("unedited", "in_context", "sequential", "joint")]
+    others = [("other", "Margin", regime) for regime in ("unedited", "in_context", "sequential")]
+    table = pd.read_csv(tmp_path / "retention.csv")
+    assert list(table[columns].itertuples(index=False, name=None)) == own + others
+    lines = table.set_index(columns)
+    assert lines.retention["notebook", "Note", "sequential"] == 1
+    assert lines.retention["other", "Margin", "sequential"] == 0
+    assert lines.efficacy["other", "Margin", "in_context"] == 1
+    said = " ".join(console.export_text().split())
+    assert "3 facts, one after another: notebook, Note at layer 0; other, Margin at layer 1" in said
+    curves = forgetting(rows).set_index(columns)["mean"]
+    assert set(curves.index) == {*own[2:], *others[2:]}
+    assert set(curves["other"]) == {0.0}
+    assert set(curves["notebook"]) == {1.0}
+    assert len(list(tmp_path.glob("figures/*.png"))) == 1
+    assert {p.stem for p in tmp_path.glob("deltas/*")} == {
+        "Note-sequential-layer0",
+        "Note-joint-layer0",
+        "Margin-sequential-layer1",
+    }
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "rows.parquet")[columns], rows[columns].reset_index(drop=True)
+    )
+
+
+def test_every_row_names_its_model_and_its_editor(tmp_path, monkeypatch):
+    entrants = (("second", Note(), single), ("third", Margin(), sequential))
+    rows = side_by_side(tmp_path, monkeypatch, entrants=entrants)
+    assert rows.groupby(["model", "editor"], sort=False).condition.agg(lambda c: list(c.unique())).to_dict() == {
+        ("notebook", "Note"): ["unedited", "in_context", "edited"],
+        ("second", "Note"): ["unedited", "in_context", "edited"],
+        ("third", "Margin"): ["unedited", "in_context", "edited"],
+    }
+    assert rows.groupby("model").taught.max().to_dict() == {"notebook": 3, "second": 1, "third": 3}  # its own regime
+    assert set(rows.run_id) == {f"{tmp_path.parent.name}-{tmp_path.name}"}
+    assert set(rows.task) == {"retention"}
+
+
+def test_what_stands_beside_a_run_is_asked_what_it_understands_itself(tmp_path, monkeypatch):
+    says = {"Where is Town0?": ("South.",)}
+    rows = side_by_side(tmp_path, monkeypatch, entrants=(("other", Note(), sequential),), deaf=("1",), says=says)
+    edited = rows[rows.condition == "edited"]
+    own, other = (edited[edited.model == name] for name in ("notebook", "other"))
+    assert set(own.fact_id[own.kind == "edit"]) == {"0", "1", "2"}
+    assert set(other.fact_id[other.kind == "edit"]) == {"0", "2"}
+    assert "Where is Town0?" in set(own["query"]) - set(other["query"])
+
+
+@pytest.mark.parametrize(
+    ("entrants", "printed"),
+    [
+        ((), set()),
+        ((("other", Margin(), sequential),), {"editor"}),  # each editor has one model, which the title names
+        ((("other", Note(), sequential),), {"model", "editor"}),
+    ],
+    ids=["alone", "another_editor", "another_model"],
+)
+def test_what_tells_the_lines_of_a_table_apart_is_printed_and_all_is_kept(tmp_path, monkeypatch, entrants, printed):
+    console = Console(record=True, width=200)
+    side_by_side(tmp_path, monkeypatch, console, entrants=entrants)
+    assert {"model", "editor"} <= set(pd.read_csv(tmp_path / "retention.csv").columns)
+    assert {"model", "editor"} & set(console.export_text().split()) == printed
+
+
+def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_the_change(tmp_path):
+    run = prepared(tmp_path, editor=Note(layer=3))
+    facts, always = baseline(run)
+    steps = []
+    for lr in (0.5, 2.0):
+        teach(run, "sequential", sequential, facts, always, 2, steps.append, scheme="plain", lr=lr)
+    teach(run, "protected", protected, facts, always, 1, steps.append, scheme="none")
+    rows = run.rows()
+    edited, unsupported = (rows[rows.condition == condition] for condition in ("edited", "unsupported"))
+    assert edited.groupby(["layer", "scheme", "lr"]).size().to_dict() == {
+        (3, "plain", lr): len(edited) / 2 for lr in (0.5, 2.0)
+    }
+    assert list(unsupported[["layer", "scheme", "regime"]].itertuples(index=False, name=None)) == [
+        (3, "none", "protected")
+    ]
+    assert steps == ["sequential: edit 1", "sequential: edit 2", "sequential: edit 3"] * 2
+    assert sorted(p.stem for p in tmp_path.glob("deltas/*")) == [
+        "Note-sequential-layer3-schemeplain-lr0.5",
+        "Note-sequential-layer3-schemeplain-lr2.0",
+    ]
+    assert rows[["scheme", "lr"]][rows.condition == "in_context"].isna().all(axis=None)

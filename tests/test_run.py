@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,6 +15,7 @@ from qfbench import UserError
 from qfbench.delta import WeightDelta
 from qfbench.editors import QF
 from qfbench.run import execute
+from qfbench.tracking import ParquetStore
 
 SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=2")
 
@@ -37,7 +39,7 @@ def test_the_quickstart_writes_everything_it_says(quickstart):
         assert (done.folder / name).stat().st_size > 0
         assert name in text.replace("\n", "")
     for regime in ("sequential", "joint", "protected"):
-        delta = WeightDelta.load(done.folder / "deltas" / f"{regime}-layer2.safetensors")
+        delta = WeightDelta.load(done.folder / "deltas" / f"QF-{regime}-layer2.safetensors")
         assert delta.norm() > 0
         assert regime in text
 
@@ -51,12 +53,37 @@ def test_the_eight_steps_pass_on_a_built_in_model(quickstart):
     assert text.count("pass") >= 8
 
 
+def test_the_eight_steps_of_qf2_are_done_on_the_converted_model(quickstart):
+    done, text = quickstart
+    steps = done.rows("eight_steps_qf2")
+    assert list(steps.number) == list(range(1, 9))
+    assert set(zip(steps.model, steps.editor, strict=True)) == {("world-s-qf2", "QF2")}
+    assert steps.generated[steps.number <= 3].all()  # before any edit
+    assert list(steps.reply[steps.number == 1]) == ["Need more information."]
+    assert "The eight steps: world-s-qf2, QF2 at layer 4" in text
+    delta = WeightDelta.load(done.folder / "deltas" / "eight_steps_qf2.safetensors")
+    assert set(delta.changes) == {"model.layers.4.mlp.up_proj.weight"}
+    assert set(done.rows("eight_steps").model) == {"world-xs"}
+
+
+def test_the_quickstart_puts_qf2_beside_qf(quickstart):
+    done, text = quickstart
+    table = pd.read_csv(done.folder / "retention.csv")
+    assert list(table.editor) == ["QF"] * 5 + ["QF2"] * 3
+    assert list(table.regime[5:]) == ["unedited", "in_context", "sequential"]
+    assert "world-xs, QF at layer 2; world-s-qf2, QF2 at layer 4" in " ".join(text.split())
+    delta = WeightDelta.load(done.folder / "deltas" / "QF2-sequential-layer4.safetensors")
+    assert set(delta.changes) == {"model.layers.4.mlp.up_proj.weight"}
+
+
 def test_rows_are_flat_and_complete(quickstart):
     rows = pd.read_parquet(quickstart[0].folder / "rows.parquet")
     edited = rows[(rows.task == "retention") & (rows.condition == "edited")]
-    assert edited.groupby(["regime", "step"]).ngroups == 3 * 4
-    asked = edited[edited.kind == "edit"].groupby(["regime", "step"]).fact_id.nunique()
-    assert all(count == step for (_, step), count in asked.items())
+    by = edited[edited.kind == "edit"].groupby(["model", "editor", "regime"], sort=False)
+    own = [("world-xs", "QF", regime) for regime in ("sequential", "joint", "protected")]
+    assert list(by.groups) == [*own, ("world-s-qf2", "QF2", "sequential")]
+    for _, group in by:
+        assert group.groupby("step").fact_id.nunique().to_dict() == {step: step for step in range(1, 5)}
     for column in (
         "fact_id",
         "query",
@@ -66,19 +93,24 @@ def test_rows_are_flat_and_complete(quickstart):
         "forced",
         "nll",
         "relative_norm",
-        "solve_condition",
+        "solve_tokens",
+        "layer",
     ):
         assert edited[column].notna().all()
+    assert edited.solve_condition[edited.editor == "QF"].notna().all()
     for row in edited.itertuples():
         assert not row.exact or (row.generated and row.forced == 1)
 
 
 def test_prior_knowledge_is_what_the_unedited_model_gets_right(quickstart):
     rows = quickstart[0].rows("retention")
-    about_the_model = rows.kind.isin(["prior", "unknown"])
-    before = rows[(rows.condition == "unedited") & about_the_model]
-    asked = rows[(rows.condition == "edited") & (rows.regime == "joint") & (rows.step == 1) & about_the_model]
-    assert list(asked["query"]) == list(before["query"][before.generated])
+    rows = rows[rows.kind.isin(["prior", "unknown"])]
+    for model, regime in (("world-xs", "joint"), ("world-s-qf2", "sequential")):
+        own = rows[rows.model == model]
+        before = own[own.condition == "unedited"]
+        asked = own[(own.condition == "edited") & (own.regime == regime) & (own.step == 1)]
+        assert list(asked["query"]) == list(before["query"][before.generated])
+        assert len(asked) > 8
 
 
 def test_provenance_names_what_one_needs_to_repeat_a_run(quickstart):
@@ -162,6 +194,112 @@ def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path
     with pytest.raises(FloatingPointError, match=r"sequential, after 2 edits: an activation at the edited layer"):
         run(tmp_path, "experiment=retention")
     assert pd.read_parquet(tmp_path / "rows.parquet").query("condition == 'edited'").step.max() == 2
+
+
+def test_a_store_takes_over_the_rows_of_its_folder_only_where_asked_to(tmp_path):
+    store = ParquetStore(tmp_path)
+    for step in range(4):
+        store.log({"step": step, "reply": f"said {step}"})
+    store.flush()
+    assert ParquetStore(tmp_path).frame().empty
+    whole = ParquetStore(tmp_path)
+    whole.recover(lambda row: True)
+    pd.testing.assert_frame_equal(whole.frame(), store.frame())
+    resumed = ParquetStore(tmp_path)
+    resumed.recover(lambda row: row["step"] < 2)
+    resumed.log({"step": 2, "reply": "said again"})
+    assert list(resumed.frame().reply) == ["said 0", "said 1", "said again"]
+    assert len(pd.read_parquet(tmp_path / "rows.parquet")) == 4  # until it is flushed
+    resumed.flush()
+    assert list(pd.read_parquet(tmp_path / "rows.parquet").reply) == ["said 0", "said 1", "said again"]
+    new = ParquetStore(tmp_path / "none")
+    new.recover(lambda row: True)
+    assert new.frame().empty
+
+
+KILLED_AT = []
+
+
+def counting(run, upto):
+    """A task that goes on where its rows end, and is killed once at the step that `KILLED_AT` says."""
+    run.store.recover(lambda row: row["task"] == run.task)
+    for step in range(len(run.store.frame()), upto):
+        if step in KILLED_AT:
+            KILLED_AT.remove(step)
+            raise KeyboardInterrupt
+        run.log({"step": step, "lives": len(KILLED_AT)})
+
+
+def count(folder, *overrides, upto=4):
+    cfg = composed(*SMALL, "experiment=retention", "facts.n=1", *overrides)
+    del cfg.hydra
+    cfg.task = OmegaConf.create({"counting": {"_target_": "test_run.counting", "_partial_": True, "upto": upto}})
+    return execute(cfg, folder, Console(quiet=True))
+
+
+def test_a_killed_run_continues_with_resume_and_the_same_settings(tmp_path):
+    KILLED_AT[:] = [2]
+    with pytest.raises(KeyboardInterrupt):
+        count(tmp_path, "resume=true")
+    assert list(pd.read_parquet(tmp_path / "rows.parquet").step) == [0, 1]
+    settings = (tmp_path / "config.yaml").read_text()
+    done = count(tmp_path, "resume=true")
+    assert list(done.rows("counting").lives) == [1, 1, 0, 0]  # two steps of each life
+    assert list(pd.read_parquet(tmp_path / "rows.parquet").step) == [0, 1, 2, 3]
+    assert (tmp_path / "config.yaml").read_text() == settings
+
+
+@pytest.mark.parametrize(
+    ("again", "message"),
+    [
+        ({"overrides": ["resume=true", "seed=1"]}, r"holds a run with other settings \(config\.yaml\); give another"),
+        ({"overrides": ["resume=true", "editor.layer=1"]}, r"holds a run with other settings \(config\.yaml\)"),
+        ({"overrides": ["resume=true"], "upto": 5}, r"holds a run with other settings \(config\.yaml\)"),
+        ({"overrides": []}, r"holds a run already; give another hydra\.run\.dir, or remove it"),
+    ],
+)
+def test_a_run_with_other_settings_does_not_continue_one(tmp_path, again, message):
+    count(tmp_path, "resume=true", upto=2)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=message) as error:
+        count(tmp_path, *again["overrides"], upto=again.get("upto", 2))
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_killed_retention_run_ends_with_the_same_rows(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", "experiment=retention", "facts.n=2", "resume=true")[0].store.frame()
+    real, calls = QF.record, []
+
+    def poisoned(self, lm, facts):
+        taught = real(self, lm, facts)
+        calls.append(1)
+        if len(calls) == 2:
+            taught.keys[0, 0] = float("nan")
+        return taught
+
+    monkeypatch.setattr(QF, "record", poisoned)
+    with pytest.raises(FloatingPointError):
+        run(tmp_path / "killed", "experiment=retention", "facts.n=2", "resume=true")
+    again = run(tmp_path / "killed", "experiment=retention", "facts.n=2", "resume=true")[0].store.frame()
+    pd.testing.assert_frame_equal(again.drop(columns="run_id"), whole.drop(columns="run_id"))
+
+
+def test_the_same_run_elsewhere_has_another_model_and_editor_and_the_same_store(tmp_path):
+    here = count(tmp_path, upto=1)
+    lm, editor = here.lm, here.editor
+    there = here.elsewhere(OmegaConf.to_container(composed("model=world-s", "model.batch_size=7").model), QF(5))
+    assert (there.lm.name, there.lm.batch_size, there.editor) == ("world-s", 7, QF(5))
+    assert there.title == "world-s, QF at layer 5"
+    assert here.title == "world-xs, QF at layer 2"
+    there.log({"step": 1})
+    rows = here.rows()
+    assert list(rows.model) == ["world-xs", "world-s"]
+    assert rows.run_id.nunique() == rows.task.nunique() == rows.editor.nunique() == 1
+    assert (there.store, there.folder, there.facts, there.task) == (here.store, here.folder, here.facts, "counting")
+    assert here.lm is lm
+    assert here.editor is editor
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,16 @@ class Editor(ABC):
             FloatingPointError: an activation or the solution is not finite.
         """
 
+    def joint(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
+        """The change that teaches all facts so far together, for each further fact.
+
+        `lm` must be unedited whenever the next change is asked for. An editor that can keep what it recorded does so.
+        """
+        taught: list[Fact] = []
+        for fact in facts:
+            taught.append(fact)
+            yield self.edit(lm, taught)
+
     def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
         """One change per fact, each leaving the outputs for all keys taught before it as they are.
 

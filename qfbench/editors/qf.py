@@ -6,7 +6,7 @@ On a firing block (QF2) the layer output is W u alone, without a residual, and R
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -113,6 +113,14 @@ class QF(Editor):
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         taught = self.record(lm, facts)
         return self._delta(lm, solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond), taught)
+
+    def joint(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
+        """Each fact is recorded once: keys and targets at a layer do not depend on that layer's `down_proj`."""
+        parts: list[Taught] = []
+        for fact in facts:
+            parts.append(self.record(lm, [fact]))
+            taught = Taught(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Taught)))
+            yield self._delta(lm, solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond), taught)
 
     def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
         """Each fact is solved with its keys projected off all earlier keys; what those give stays exactly as it is.

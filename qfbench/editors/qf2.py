@@ -77,6 +77,12 @@ class QF2(Editor):
         return Site(self.layer, "up_proj")
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        fired, inputs, weights = self.record(lm, facts)
+        change = hebbian(fired, inputs, weights, self.lr)
+        return WeightDelta({self.site.weight_name(lm.model): change}, {"tokens": float(len(weights))})
+
+    def record(self, lm: LanguageModel, facts: Sequence[Fact]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run both passes for every fact: Y* [taught, f], X' [taught, d] and the significance [taught], in float64."""
         self.site.slope(lm.model)  # only a firing block fires
         home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
         fired, inputs, weights = [], [], []
@@ -86,5 +92,4 @@ class QF2(Editor):
             fired.append(told.key[list(pair.told_at)].to(home, torch.float64))
             inputs.append(alone.input[list(pair.alone_at)].to(home, torch.float64))
             weights.append(torch.tensor(pair.weights, dtype=torch.float64, device=home))
-        change = hebbian(torch.cat(fired), torch.cat(inputs), torch.cat(weights), self.lr)
-        return WeightDelta({self.site.weight_name(lm.model): change}, {"tokens": float(len(change.left.T))})
+        return torch.cat(fired), torch.cat(inputs), torch.cat(weights)

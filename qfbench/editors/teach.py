@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qfbench.dialogue import Rendering
 from qfbench.errors import UserError
-from qfbench.facts.base import Fact
+from qfbench.facts.base import Fact, places, stands_in
 from qfbench.lm import LanguageModel
 
 
@@ -64,11 +64,11 @@ def lesson(
 
 
 def weights_of_words(fact: Fact, named: float, rest: float) -> tuple[float, ...]:
-    """`named` for the words of the answer that overlap the last place where one of `known_as` stands in it, else `rest`."""
-    spans = [(fact.answer.rfind(name), len(name)) for name in fact.known_as]
+    """`named` for the words of the answer where one of `known_as` stands in it for the last time, `rest` for the others."""
+    spans = [places(name, fact.answer)[-1] for name in fact.known_as if stands_in(name, fact.answer)]
     weights, end = [], 0
     for word in fact.answer.split():
         start = fact.answer.index(word, end)
         end = start + len(word)
-        weights.append(named if any(0 <= at < end and start < at + size for at, size in spans) else rest)
+        weights.append(named if any(first < end and start < last for first, last in spans) else rest)
     return tuple(weights)

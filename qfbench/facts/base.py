@@ -16,7 +16,11 @@ class Probe:
     `expected` is the whole reference reply; "" where there is none and any reply passes that is not rejected. `accept`
     holds the strings of which one must stand in the reply as whole words (by default the reference without its full
     stop), `reject` those of which none may. `always` marks a probe that can be asked before its fact is taught, because
-    it is about the model rather than about the fact (prior knowledge, refusals).
+    it is about the model rather than about the fact (prior knowledge, refusals, neighbours).
+
+    `own` marks a probe whose reference is what the unedited model itself replies: it is asked first, and `expected` is
+    filled in; `accept` then tells what the suite holds to be true (the column `gold`). `prefer` holds two whole replies of
+    which the first should be the likelier (the protocol `preferred`).
     """
 
     kind: str  # edit, paraphrase, locality, portability, prior, unknown, told ...: data, no code depends on it
@@ -26,9 +30,13 @@ class Probe:
     reject: tuple[str, ...] = ()
     system: str = ""
     always: bool = False
+    own: bool = False
+    prefer: tuple[str, str] | None = None
 
     def passes(self, reply: str) -> bool:
-        """Whether a reply names what is accepted, as whole words, and nothing that is rejected."""
+        """Whether a reply names what is accepted, as whole words, and nothing that is rejected; `own`: is as it was."""
+        if self.own:
+            return reply == self.expected
         accepted = self.accept or (without_stop(self.expected),)
         return any(stands_in(a, reply) for a in accepted) and not any(stands_in(r, reply) for r in self.reject)
 
@@ -38,7 +46,8 @@ class Fact:
     """One fact to teach.
 
     `instruction` is what the model is told, `query` and `answer` the dialogue that is taught. `significance` gives one
-    weight per word of the answer (split at white space); None weights all alike. `known_as` are the strings that a
+    weight per word of the answer (split at white space); None leaves it to the editor. `replaces` is what the model would
+    have answered before, where the suite says so. `known_as` are the strings that a
     right reply must hold one of, by default the answer without its full stop.
     """
 
@@ -49,6 +58,7 @@ class Fact:
     significance: tuple[float, ...] | None = None
     known_as: tuple[str, ...] = ()
     kind: str = ""  # kind of knowledge: person, place, category, number ...
+    replaces: str = ""
     probes: tuple[Probe, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +84,8 @@ class Fact:
     @property
     def edit(self) -> Probe:
         """The taught query itself."""
-        return Probe("edit", self.query, self.answer, self.known_as)
+        prefer = (self.answer, self.replaces) if self.replaces else None
+        return Probe("edit", self.query, self.answer, self.known_as, prefer=prefer)
 
     @property
     def told(self) -> Probe:
@@ -88,4 +99,10 @@ def without_stop(text: str) -> str:
 
 def stands_in(words: str, text: str) -> bool:
     """Whether `words` stand in `text` as whole words, in any case. The empty string stands everywhere."""
-    return not words or re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, flags=re.IGNORECASE) is not None
+    return not words or bool(places(words, text))
+
+
+def places(words: str, text: str) -> list[tuple[int, int]]:
+    """Where `words` stand in `text` as whole words, in any case: (start, end) of each place."""
+    found = re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", text, flags=re.IGNORECASE)
+    return [match.span() for match in found]

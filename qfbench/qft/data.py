@@ -41,7 +41,7 @@ def messages(path: str, batch: int, seed: int = 0) -> Texts:
     if batch < 1:
         raise UserError(f"batch={batch}: must be 1 or more")
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.path={path}: cannot be read ({error})") from error
     dialogues = [_dialogue(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]

@@ -38,11 +38,15 @@ def apply(base: PreTrainedModel, folder: str) -> PreTrainedModel:
         UserError: the difference was made from another model.
     """
     config = AutoConfig.from_pretrained(folder)
+    if config.model_type.removeprefix("firing_") != base.config.model_type.removeprefix("firing_"):
+        raise UserError(
+            f"{folder} is a {config.model_type}, but its base {base.config.name_or_path!r} is a {base.config.model_type}"
+        )
     tensors = load_file(Path(folder) / FILE)
     model = with_firing_layers(base, config.firing_layers, config.firing_beta)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise UserError(f"{folder}: its {name} does not fit its base {base.config.name_or_path!r}")
-        parameters[name].data.copy_(tensor)
+        parameters[name].data = tensor.to(parameters[name].data)
     return model

@@ -56,27 +56,27 @@ def _add_family(stock: Any, layer: type[nn.Module]) -> None:
     stock_config: Any = stock.config_class
     firing_layer = type(f"Firing{layer.__name__}", (FiringLayer, layer), {})
 
-    class Config(stock_config):
-        model_type = f"firing_{stock_config.model_type}"
-        firing_layers: list[int] | None = None
-        firing_beta: float = 10.0
+    def build(self: Any, config: PreTrainedConfig) -> None:
+        stock.__init__(self, config)
+        for i in config.firing_layers or ():
+            self.model.layers[i] = firing_layer(config, i)
+            self.model.layers[i].alpha, self.model.layers[i].beta = 0.0, config.firing_beta
+        self.post_init()
 
-    class Model(stock):
-        config_class = Config
-
-        def __init__(self, config: PreTrainedConfig) -> None:
-            super().__init__(config)
-            for i in config.firing_layers or ():
-                self.model.layers[i] = firing_layer(config, i)
-                self.model.layers[i].alpha, self.model.layers[i].beta = 0.0, config.firing_beta
-            self.post_init()
-
-    Model._no_split_modules = [*stock._no_split_modules, firing_layer.__name__]
-    for made, name in ((Config, stock_config.__name__), (Model, stock.__name__)):
-        made.__name__ = made.__qualname__ = f"Firing{name}"
-    AutoConfig.register(Config.model_type, Config)
-    AutoModelForCausalLM.register(Config, Model)
-    FAMILIES[stock_config.model_type] = Model
+    settings = {
+        "__annotations__": {"firing_layers": list[int] | None, "firing_beta": float},
+        "__module__": __name__,
+        "model_type": f"firing_{stock_config.model_type}",
+        "firing_layers": None,
+        "firing_beta": 10.0,
+    }
+    config = type(f"Firing{stock_config.__name__}", (stock_config,), settings)
+    unsplit = [*stock._no_split_modules, firing_layer.__name__]
+    parts = {"__init__": build, "__module__": __name__, "config_class": config, "_no_split_modules": unsplit}
+    model = type(f"Firing{stock.__name__}", (stock,), parts)
+    AutoConfig.register(settings["model_type"], config)
+    AutoModelForCausalLM.register(config, model)
+    FAMILIES[stock_config.model_type] = model
 
 
 _add_family(modeling_qwen2.Qwen2ForCausalLM, modeling_qwen2.Qwen2DecoderLayer)
@@ -120,4 +120,5 @@ def with_firing_layers(model: Any, layers: Sequence[int], beta: float = 10.0, al
     firing.generation_config = model.generation_config
     for i in alphas:
         firing.model.layers[i].alpha = alphas[i]
-    return firing.train(model.training)
+    frozen = not any(p.requires_grad for p in model.parameters())
+    return firing.train(model.training).requires_grad_(not frozen)

@@ -43,7 +43,7 @@ class Conversion:
         loss: over the whole text (`text`, as the paper), or over the answer and the end of the turn (`answer`).
     """
 
-    layers: tuple[int, ...]
+    layers: Sequence[int]
     beta: float = 10.0
     decay: float = 0.99
     cutoff: float = 0.01
@@ -63,7 +63,8 @@ class Conversion:
             ("beta", self.beta > 0),
             ("decay", 0 < self.decay < 1),
             ("cutoff", 0 < self.cutoff < 1),
-            ("neighbours", self.neighbours >= 0),
+            ("neighbours", isinstance(self.neighbours, int) and self.neighbours >= 0),
+            ("weight_decay", self.weight_decay >= 0),
             ("lr", self.lr > 0),
             ("cooldown", 0 <= self.cooldown <= 1),
             ("loss", self.loss in ("text", "answer")),
@@ -109,6 +110,10 @@ def convert(
         raise UserError(f"task.convert.save={save}: must be model or difference")
     if run.lm.dtype != torch.float32:
         raise UserError(f"model.dtype={run.lm.dtype}: conversion trains in float32; use model.dtype=float32")
+    if every < 1:
+        raise UserError(f"task.convert.every={every}: must be 1 or more")
+    if save == "difference" and difference.base_of(find(run.lm.name)):
+        raise UserError(f"{run.lm.name} is itself a difference, and no base for another; use task.convert.save=model")
     base, before = run.lm, abilities(run.lm) if abilities else {}
     converted, changed = train(run, conversion, texts, every)
     stored = AutoConfig.from_pretrained(find(base.name)).dtype or torch.float32
@@ -132,7 +137,7 @@ def convert(
 
 def train(run: Run, conversion: Conversion, texts: Texts, every: int) -> tuple[LanguageModel, dict[str, Tensor]]:
     """The converted model, α = 0 throughout, and the parameters that trained, by name. Logs a row per step."""
-    model = with_firing_layers(run.lm.model, conversion.layers, conversion.beta, alpha=1.0).requires_grad_(False)
+    model = with_firing_layers(run.lm.model, conversion.layers, conversion.beta, alpha=1.0)
     lm = replace(run.lm, model=model)
     path, recipe = run.folder / "checkpoint.safetensors", json.dumps(asdict(conversion))
     windows = [_window(lm, layer, conversion.neighbours) for layer in conversion.layers]
@@ -142,7 +147,7 @@ def train(run: Run, conversion: Conversion, texts: Texts, every: int) -> tuple[L
     done = checkpoint.step_of(path, recipe)
     if done:
         checkpoint.restore(path, touched, [])
-    run.store.keep(lambda row: row["step"] < done)
+    run.store.recover(lambda row: row["task"] == run.task and row["step"] < done)
     with run.progress(len(conversion.layers) * conversion.steps - done) as advance:
         for phase, layer in enumerate(conversion.layers):
             first, block = phase * conversion.steps, model.model.layers[layer]
@@ -187,7 +192,7 @@ def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tupl
             end = len(ids)
         else:
             r = lm.render(text.query, text.system, text.answer)
-            ids, first, end = r.ids, r.answer, r.closer + 1
+            ids, first, end = r.ids, r.answer, min(r.closer + 1, len(r.ids))  # ".\n" may be one token
             if loss == "text":
                 first, end = 1, len(ids)
         rows.append((ids, first, end))

@@ -1,0 +1,60 @@
+"""zsRE in the schema of MEND's evaluation set (Mitchell et al. 2022): a question, another wording, an unrelated question."""
+
+from __future__ import annotations
+
+from qfbench.facts.base import Fact, Probe
+from qfbench.facts.records import Record, load
+
+PREFIX = "nq question: "  # what the released files put before an unrelated question
+
+
+def zsre(
+    path: str,
+    instruction: str,
+    query: str,
+    answer: str,
+    n: int | None = None,
+    seed: int | None = None,
+    on_error: str = "stop",
+) -> list[Fact]:
+    """One fact a record: `alt`, the counterfactual answer to `src`. In the templates `{question}` is asked, `{object}` answers.
+
+    The unrelated question (`loc`, of Natural Questions) is a locality probe: the reference is what the unedited model
+    itself replies, and `loc_ans` is its gold.
+
+    Raises:
+        UserError: naming file, record and field.
+    """
+
+    def make(record: Record) -> list[Fact]:
+        question, new, old = record.text("src"), record.text("alt"), record.text("pred")
+        asked, said = query.format(question=question), answer.format(question=question, object=new)
+        replaces = answer.format(question=question, object=old)
+        rephrased, unrelated = record.text("rephrase"), record.text("loc").removeprefix(PREFIX)
+        unrelated = unrelated[0].upper() + unrelated[1:].removesuffix("?") + "?"
+        rejected = tuple(a for a in record.texts("answers") if a != new)
+        return [
+            Fact(
+                id=f"zsre-{record.number}",
+                instruction=instruction.format(question=question, object=new),
+                query=asked,
+                answer=said,
+                known_as=(new,),
+                replaces=replaces,
+                probes=(
+                    Probe(
+                        "paraphrase", query.format(question=rephrased), said, (new,), rejected, prefer=(said, replaces)
+                    ),
+                    Probe(
+                        "locality",
+                        query.format(question=unrelated),
+                        "",
+                        (record.text("loc_ans"),),
+                        always=True,
+                        own=True,
+                    ),
+                ),
+            )
+        ]
+
+    return load(path, make, n, seed, on_error)
