@@ -23,7 +23,7 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
 
     A curve for each model, editor and regime; models are named where there are several.
     """
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
     kept, prior = figure.subplots(1, 2, sharey=True)
     for (model, editor, regime), curve in curves.groupby(["model", "editor", "regime"], sort=False):
         name = f"{editor} {regime}"
@@ -40,7 +40,9 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         axes.set(xlabel="edits", ylim=(-0.03, 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)
-    kept.legend(frameon=False, title="band: 95% over facts")
+    kept.set(title="taught facts still answered (band: 95% over facts)")
+    labels = kept.get_legend_handles_labels()
+    figure.legend(*labels, frameon=False, loc="outside upper center", ncols=min(3, len(labels[1])))
     return figure
 
 

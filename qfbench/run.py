@@ -92,9 +92,10 @@ class Run:
         shown = frame.drop(columns=[name for name in hidden if name in frame])
         table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
         for name in shown:
-            table.add_column(str(name).replace("_", " "), justify="right" if shown[name].dtype.kind in "fi" else "left")
+            header = "by" if name == "editor" else str(name).replace("_", " ")  # 80 columns are soon full
+            table.add_column(header, justify="right" if shown[name].dtype.kind in "fi" else "left")
         for line in shown.itertuples(index=False):
-            table.add_row(*map(_cell, line))
+            table.add_row(*map(_cell, shown, line))
         self.console.print(table)
 
     def figure(self, figure: Figure, name: str) -> None:
@@ -229,17 +230,11 @@ def provenance(cfg: DictConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def _cell(value: object) -> str:
-    """A table's cell: two decimals, more where they would show a small number as another one."""
+def _cell(column: object, value: object) -> str:
+    """A table's cell: shares with two decimals, rates as they were given."""
     if not isinstance(value, float):
         return str(value)
-    return (
-        ""
-        if value != value
-        else f"{value:.2f}"
-        if abs(value) >= 0.1 or value == 0
-        else f"{value:.3f}".removesuffix("0")
-    )
+    return "" if value != value else f"{value:g}" if column == "lr" else f"{value:.2f}"
 
 
 def _version(package: str) -> str | None:

@@ -53,7 +53,7 @@ def test_forgetting_curves_draw_retention_and_prior_of_each_regime():
         "QF joint": [[2, 1.0], [4, 0.5]],
         "QF my own": [[4, 0.0]],
     }
-    assert {text.get_text() for text in kept.get_legend().get_texts()} == set("QF " + curves.regime)
+    assert {text.get_text() for text in kept.figure.legends[0].get_texts()} == set("QF " + curves.regime)
 
 
 def test_forgetting_curves_of_several_editors_and_models_are_apart_and_named():
