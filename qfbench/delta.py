@@ -39,6 +39,21 @@ class LowRank:
         gram = (self.left.T @ self.left) * (self.right @ self.right.T)
         return gram.sum().clamp(min=0).sqrt().item()
 
+    def top(self) -> float:
+        """The largest singular value, from the factors where that is cheaper."""
+        if self.right is None:
+            return torch.linalg.matrix_norm(self.left, 2).item()
+        small = torch.linalg.qr(self.left.double()).R @ torch.linalg.qr(self.right.T.double()).R.T
+        return torch.linalg.matrix_norm(small, 2).item()
+
+    def placebo(self, seed: int) -> LowRank:
+        """A random matrix of the same shape, rank and Frobenius norm."""
+        generator = torch.Generator().manual_seed(seed)
+        factors = (self.left,) if self.right is None else (self.left, self.right)
+        drawn = LowRank(*(torch.randn(f.shape, generator=generator, dtype=f.dtype).to(f.device) for f in factors))
+        scale = self.norm() / drawn.norm() if drawn.norm() else 0.0
+        return LowRank(drawn.left * scale, drawn.right)
+
     def __add__(self, other: LowRank) -> LowRank:
         """Factors are put side by side until the product would be wider than the matrix is; then it is dense."""
         a, b = self, other
@@ -66,6 +81,10 @@ class WeightDelta:
     def norm(self) -> float:
         """Frobenius norm over all changed weights."""
         return sum(change.norm() ** 2 for change in self.changes.values()) ** 0.5
+
+    def placebo(self, seed: int) -> WeightDelta:
+        """A random change of the same weights, each of the rank and Frobenius norm that it has here."""
+        return WeightDelta({name: change.placebo(seed + i) for i, (name, change) in enumerate(self.changes.items())})
 
     @contextmanager
     def applied_to(self, lm: LanguageModel) -> Iterator[LanguageModel]:

@@ -20,8 +20,8 @@ def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
         for layer in layers:
             editor = replace(run.editor, layer=layer)  # type: ignore[type-var] # every editor is a dataclass
             there = replace(run, editor=editor)
-            teach(there, "single", single, facts, always, 1, advance)
-            teach(there, "sequential", sequential, facts, always, len(facts), advance)
+            teach(there, "single", single, facts, always, range(1, len(facts) + 1), advance)
+            teach(there, "sequential", sequential, facts, always, [len(facts)], advance)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

@@ -27,14 +27,24 @@ def learning_rate(
     if "lr" not in {field.name for field in fields(run.editor)}:  # type: ignore[arg-type] # every editor is a dataclass
         raise UserError(f"{type(run.editor).__name__} has no learning rate; use editor=qf2")
     facts, always = baseline(run)
+    each = range(1, len(facts) + 1)
     with run.progress(len(facts) * (len(rates) * len(schemes) + (reference is not None))) as advance:
         for scheme, settings in schemes.items():
             for lr in rates:
                 editor = replace(run.editor, **{"lr": lr, **settings})  # type: ignore[type-var] # a dataclass
-                teach(replace(run, editor=editor), "single", single, facts, always, 1, advance, scheme=scheme, lr=lr)
+                teach(
+                    replace(run, editor=editor),
+                    "single",
+                    single,
+                    facts,
+                    always,
+                    each,
+                    advance,
+                    {"scheme": scheme, "lr": lr},
+                )
         if reference is not None:
             name = type(reference).__name__
-            teach(replace(run, editor=reference), "single", single, facts, always, 1, advance, scheme=name)
+            teach(replace(run, editor=reference), "single", single, facts, always, each, advance, {"scheme": name})
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

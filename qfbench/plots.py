@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -90,6 +93,31 @@ def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:
         _plain(axes)
     figure.axes[0].set(ylabel="share of replies (generated)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    return figure
+
+
+def retention_matrices(matrices: Mapping[tuple[str, str, str, int], pd.DataFrame]) -> Figure:
+    """R[n, k] as a heat map for the first order of each model, editor and regime: n edits down, the k-th fact across.
+
+    Dark: answered; light: not; white: not taught yet, or not asked.
+    """
+    shown = {
+        key: matrix for key, matrix in matrices.items() if key[3] == min(k[3] for k in matrices if k[:3] == key[:3])
+    }
+    figure = Figure(figsize=(3.4 * len(shown) + 0.4, 3.6), layout="constrained")
+    several = len({key[0] for key in shown}) > 1
+    for axes, (key, matrix) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        facts = np.arange(matrix.shape[1] + 1) + 0.5
+        steps = matrix.index.to_numpy(float)
+        edges = np.concatenate([[0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
+        axes.pcolormesh(facts, edges, np.ma.masked_invalid(matrix.to_numpy()), cmap="cividis_r", vmin=0, vmax=1)
+        axes.invert_yaxis()
+        axes.set(
+            title=f"{key[1]} {key[2]}" + (f", {key[0]}" if several else ""),
+            xlabel="fact, in order of teaching",
+            ylabel="edits",
+        )
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

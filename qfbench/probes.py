@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qfbench.facts.base import Probe
+from qfbench.facts.base import Probe, stands_in
 from qfbench.lm import LanguageModel, Reply
 
 Row = dict[str, Any]
@@ -19,11 +19,16 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
     `generated` (the free-running reply ends by itself, names what is accepted and nothing that is rejected),
     `exact` (it equals the reference reply, end of turn included),
     `forced` (share of the reference's tokens that are the teacher-forced argmax),
-    `nll` (nats per token of the reference reply). The last two are NaN where a probe has no reference.
+    `nll` (nats per token of the reference reply); the last two are NaN where a probe has no reference. Where a probe says so,
+    `preferred` (the first of its two replies has fewer nats per token) and `gold` (of a probe whose reference is the model's
+    own reply: what the suite holds to be true stands in the reply); None elsewhere.
     A reply that is exact needs no decoding: one teacher-forced pass decides it.
     """
     dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
-    scores = lm.score(dialogues)
+    pairs = [lm.render(p.query, p.system, reply) for p in probes for reply in p.prefer or ()]
+    scores = lm.score(dialogues + pairs)
+    compared = iter([sum(score.nll) / len(score.nll) for score in scores[len(dialogues) :]])
+    scores = scores[: len(dialogues)]
     replies = {i: Reply(p.expected, True) for i, p in enumerate(probes) if p.expected and scores[i].exact}
     rest = [i for i in range(len(probes)) if i not in replies]
     replies |= dict(zip(rest, lm.replies([dialogues[i] for i in rest]), strict=True))
@@ -42,6 +47,8 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
                 "exact": bool(probe.expected) and score.exact,
                 "forced": sum(score.hit) / len(score.hit) if probe.expected else math.nan,
                 "nll": sum(score.nll) / len(score.nll) if probe.expected else math.nan,
+                "preferred": next(compared) < next(compared) if probe.prefer else None,
+                "gold": any(stands_in(a, reply.text) for a in probe.accept) if probe.own and probe.accept else None,
             }
         )
     return rows

@@ -86,10 +86,18 @@ class Run:
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]{text}[/yellow]")
 
-    def table(self, frame: pd.DataFrame, title: str, hidden: Sequence[str] = ()) -> None:
-        """Keep a frame as CSV beside the rows, named as the task, and print it without its `hidden` columns."""
-        frame.to_csv(self.folder / f"{self.task}.csv", index=False)
-        shown = frame.drop(columns=[name for name in hidden if name in frame])
+    def table(
+        self,
+        frame: pd.DataFrame,
+        title: str,
+        hidden: Sequence[str] = (),
+        name: str = "",
+        printed: pd.DataFrame | None = None,
+    ) -> None:
+        """Keep a frame as CSV beside the rows, named as the task, and print it (or `printed`) without its `hidden` columns."""
+        frame.to_csv(self.folder / f"{name or self.task}.csv", index=False)
+        frame = frame if printed is None else printed
+        shown = frame.drop(columns=[column for column in hidden if column in frame])
         table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
         for name in shown:
             header = "by" if name == "editor" else str(name).replace("_", " ")  # 80 columns are soon full
@@ -112,16 +120,20 @@ class Run:
         if lost > 1e-3:
             self.warn(f"{name}: written in {self.lm.dtype}, {lost:.1%} of the change is lost to rounding")
 
-    def health(self, delta: WeightDelta) -> dict[str, float]:
+    def health(self, delta: WeightDelta, whole: bool = True) -> dict[str, float]:
         """Columns of a row about the change itself.
 
-        `relative_norm` (‖ΔW‖_F / ‖W‖_F over the changed weights), `rounding_loss` (the share of ΔW lost when written in the
-        model's dtype), and what the editor noted, as `solve_...`.
+        `relative_norm` (‖ΔW‖_F / ‖W‖_F over the changed weights), what the editor noted, as `solve_...`, and if `whole`, which
+        costs more, `rounding_loss` (the share of ΔW lost when written in the model's dtype) and `top` (the largest singular
+        value of ΔW over ‖W‖_F).
         """
         parameters = dict(self.lm.model.named_parameters())
-        whole = sum(parameters[name].float().norm().item() ** 2 for name in delta.changes) ** 0.5
-        norms = {"relative_norm": delta.norm() / whole if whole else 0.0, "rounding_loss": delta.rounding_loss(self.lm)}
-        return norms | {f"solve_{name}": value for name, value in delta.notes.items()}
+        size = sum(parameters[name].float().norm().item() ** 2 for name in delta.changes) ** 0.5
+        health = {"relative_norm": delta.norm() / size if size else 0.0}
+        if whole:
+            top = max((change.top() for change in delta.changes.values()), default=0.0)
+            health |= {"rounding_loss": delta.rounding_loss(self.lm), "top": top / size if size else 0.0}
+        return health | {f"solve_{name}": value for name, value in delta.notes.items()}
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:

@@ -364,6 +364,7 @@ def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_p
     own = [("notebook", "Note", regime) for regime in ("unedited", "in_context", "sequential", "joint")]
     others = [("other", "Margin", regime) for regime in ("unedited", "in_context", "sequential")]
     table = pd.read_csv(tmp_path / "retention.csv")
+    table = table[table.regime != "placebo"]
     assert list(table[columns].itertuples(index=False, name=None)) == own + others
     lines = table.set_index(columns)
     assert lines.retention["notebook", "Note", "sequential"] == 1
@@ -375,7 +376,7 @@ def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_p
     assert set(curves.index) == {*own[2:], *others[2:]}
     assert set(curves["other"]) == {0.0}
     assert set(curves["notebook"]) == {1.0}
-    assert len(list(tmp_path.glob("figures/*.png"))) == 1
+    assert {p.stem for p in tmp_path.glob("figures/*.png")} == {"forgetting_curves", "retention_matrix"}
     assert {p.stem for p in tmp_path.glob("deltas/*")} == {
         "Note-sequential-layer0",
         "Note-joint-layer0",
@@ -390,9 +391,9 @@ def test_every_row_names_its_model_and_its_editor(tmp_path, monkeypatch):
     entrants = (("second", Note(), single), ("third", Margin(), sequential))
     rows = side_by_side(tmp_path, monkeypatch, entrants=entrants)
     assert rows.groupby(["model", "editor"], sort=False).condition.agg(lambda c: list(c.unique())).to_dict() == {
-        ("notebook", "Note"): ["unedited", "in_context", "edited"],
-        ("second", "Note"): ["unedited", "in_context", "edited"],
-        ("third", "Margin"): ["unedited", "in_context", "edited"],
+        ("notebook", "Note"): ["unedited", "in_context", "edited", "placebo"],
+        ("second", "Note"): ["unedited", "in_context", "edited"],  # single edits leave nothing to compare it with
+        ("third", "Margin"): ["unedited", "in_context", "edited", "placebo"],
     }
     assert rows.groupby("model").taught.max().to_dict() == {"notebook": 3, "second": 1, "third": 3}  # its own regime
     assert set(rows.run_id) == {f"{tmp_path.parent.name}-{tmp_path.name}"}
@@ -431,8 +432,8 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     facts, always = baseline(run)
     steps = []
     for lr in (0.5, 2.0):
-        teach(run, "sequential", sequential, facts, always, 2, steps.append, scheme="plain", lr=lr)
-    teach(run, "protected", protected, facts, always, 1, steps.append, scheme="none")
+        teach(run, "sequential", sequential, facts, always, [2, 3], steps.append, {"scheme": "plain", "lr": lr})
+    teach(run, "protected", protected, facts, always, [1, 2, 3], steps.append, {"scheme": "none"})
     rows = run.rows()
     edited, unsupported = (rows[rows.condition == condition] for condition in ("edited", "unsupported"))
     assert edited.groupby(["layer", "scheme", "lr"]).size().to_dict() == {
