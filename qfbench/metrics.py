@@ -175,6 +175,24 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
     return pd.DataFrame(out).dropna(axis=1, how="all")
 
 
+def capacity(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per regime and checkpoint: `facts` and `keys` taught so far, the share of them answered (`retention`), `prior`.
+
+    `residual` is how far the solution misses its targets (0: every key is interpolated), `norm` is ‖ΔW‖ / ‖W‖.
+    """
+    edited = rows[(rows.condition == "edited") & (rows.taught == rows.step)]
+    out = []
+    for regime, own in edited.groupby("regime", sort=False):
+        tokens = own.groupby("step").solve_tokens.first()
+        keys = (
+            tokens if regime == "joint" else tokens.cumsum()
+        )  # `joint` solves for all keys at once, the others for the newest
+        for step, group in own[own.checkpoint.astype(bool)].groupby("step"):
+            line = {"regime": regime, "facts": int(step), "keys": int(keys[step])} | shares(group, "edit", "prior")
+            out.append(line | {"residual": group.solve_residual.iloc[0], "norm": group.relative_norm.iloc[0]})
+    return pd.DataFrame(out).rename(columns={"edit": "retention"})
+
+
 def _fresh(rows: pd.DataFrame) -> dict[str, float]:
     measured = shares(rows, "edit", "paraphrase", "paraphrase_held_out", "portability")
     names = {"edit": "efficacy", "paraphrase_held_out": "held_out"}

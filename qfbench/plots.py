@@ -99,7 +99,7 @@ def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:
 def retention_matrices(matrices: Mapping[tuple[str, str, str, int], pd.DataFrame]) -> Figure:
     """R[n, k] as a heat map for the first order of each model, editor and regime: n edits down, the k-th fact across.
 
-    Dark: answered; light: not; white: not taught yet, or not asked.
+    Dark: answered; light: not; white: not taught yet. A line at each checkpoint, as tall as the way to its neighbours.
     """
     shown = {
         key: matrix for key, matrix in matrices.items() if key[3] == min(k[3] for k in matrices if k[:3] == key[:3])
@@ -107,6 +107,9 @@ def retention_matrices(matrices: Mapping[tuple[str, str, str, int], pd.DataFrame
     figure = Figure(figsize=(3.4 * len(shown) + 0.4, 3.6), layout="constrained")
     several = len({key[0] for key in shown}) > 1
     for axes, (key, matrix) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        matrix = matrix[
+            matrix.notna().sum(axis=1) == matrix.index
+        ]  # the checkpoints; between them only the newest is asked
         facts = np.arange(matrix.shape[1] + 1) + 0.5
         steps = matrix.index.to_numpy(float)
         edges = np.concatenate([[0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
@@ -118,6 +121,24 @@ def retention_matrices(matrices: Mapping[tuple[str, str, str, int], pd.DataFrame
             ylabel="edits",
         )
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def capacity(curve: pd.DataFrame, width: int) -> Figure:
+    """Retention and prior knowledge against the number of keys taught; the line marks the width of the matrix."""
+    regimes = list(curve.regime.unique())
+    figure = Figure(figsize=(4 * len(regimes), 3.4), layout="constrained")
+    for axes, regime in zip(figure.subplots(1, len(regimes), sharey=True, squeeze=False)[0], regimes, strict=True):
+        own = curve[curve.regime == regime]
+        for name in ("retention", "prior"):
+            colour, line, marker = MEASURES["efficacy" if name == "retention" else name]
+            axes.plot(own["keys"], own[name], color=colour, ls=line, marker=marker, ms=4, label=name)
+        axes.axvline(width, color="0.4", lw=1, ls=":")
+        axes.annotate(f"width {width}", (width, 0.5), rotation=90, ha="right", va="center", fontsize=8, color="0.4")
+        axes.set(title=regime, xlabel="keys taught (tokens)", ylim=(-0.03, 1.03))
+        _plain(axes)
+    figure.axes[0].set(ylabel="share of replies (generated)")
+    figure.axes[0].legend(frameon=False)
     return figure
 
 

@@ -26,9 +26,10 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
     """
     dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
     pairs = [lm.render(p.query, p.system, reply) for p in probes for reply in p.prefer or ()]
-    scores = lm.score(dialogues + pairs)
-    compared = iter([sum(score.nll) / len(score.nll) for score in scores[len(dialogues) :]])
-    scores = scores[: len(dialogues)]
+    once = list(dict.fromkeys(dialogues + pairs))  # a reference is often one of the two replies
+    by_dialogue = dict(zip(once, lm.score(once), strict=True))
+    compared = iter([sum(by_dialogue[d].nll) / len(by_dialogue[d].nll) for d in pairs])
+    scores = [by_dialogue[d] for d in dialogues]
     replies = {i: Reply(p.expected, True) for i, p in enumerate(probes) if p.expected and scores[i].exact}
     rest = [i for i in range(len(probes)) if i not in replies]
     replies |= dict(zip(rest, lm.replies([dialogues[i] for i in rest]), strict=True))

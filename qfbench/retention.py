@@ -146,7 +146,8 @@ def teach(
         for taught, total in regime(editor, run.lm, facts):
             step = done + 1
             kept = check(run, name, about, step, taught, total, always, step in at, step == len(facts))
-            run.store.flush()
+            if step in at:
+                run.store.flush()
             done = step
             advance(f"{name}: edit {done}")
             if kept < 0.5 and len(taught) == step and not collapsed:
@@ -156,6 +157,7 @@ def teach(
                     break
         if placebo and done and len(taught) == done:
             check(run, name, about, done, taught, total.placebo(seed=0), always, True, True, condition="placebo")
+            run.store.flush()
     except Unsupported as error:
         run.log({"condition": "unsupported", "regime": name, "reply": str(error)} | about)
         run.warn(f"{name}: {error}")

@@ -243,3 +243,96 @@ def test_a_change_smaller_than_the_dtype_resolves_is_lost_wholly(tiny):
     delta = WeightDelta({DOWN: LowRank(torch.full((32, 80), 1e-5))})
     assert delta.rounding_loss(lm) == pytest.approx(1)
     assert replace(delta, changes={DOWN: LowRank(torch.full((32, 80), 2.0**-7))}).rounding_loss(lm) == 0
+
+
+CHANGES = {
+    "thin": low_rank(32, 80, 3),
+    "tall": low_rank(80, 32, 2),
+    "rank_one": low_rank(8, 13, 1),
+    "wider_than_the_matrix": low_rank(8, 5, 20),
+    "dense": LowRank(low_rank(32, 80, 40).dense()),
+    "single_precision": low_rank(32, 80, 3, dtype=torch.float32),
+    "dependent": LowRank(torch.ones(6, 3).double(), torch.ones(3, 4).double()),
+}
+NOTHING = {
+    "rank_zero": LowRank(torch.zeros(8, 0), torch.zeros(0, 5)),
+    "zero_factors": LowRank(torch.zeros(8, 2), torch.ones(2, 5)),
+    "zero_matrix": LowRank(torch.zeros(8, 5)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_top_is_the_largest_singular_value(change):
+    values = torch.linalg.svdvals(change.dense().double())
+    assert change.top() == pytest.approx(values[0].item(), rel=1e-6)
+    assert change.top() <= change.norm() * (1 + 1e-6)
+    twice = LowRank(-2 * change.left, change.right)
+    assert twice.top() == pytest.approx(2 * values[0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("change", NOTHING.values(), ids=NOTHING)
+def test_a_change_of_nothing_has_no_top_and_a_placebo_of_nothing(change):
+    assert change.top() == 0
+    random = change.placebo(0)
+    assert random.dense().shape == (8, 5)
+    assert not random.dense().any()
+
+
+@pytest.mark.xfail(strict=True, reason="the dense form is not raised to a precision that has singular values")
+def test_a_dense_change_of_half_precision_has_a_top():
+    change = low_rank(8, 5, 2)
+    factors = LowRank(change.left.bfloat16(), change.right.bfloat16())
+    assert factors.top() == pytest.approx(change.top(), rel=0.02)
+    assert LowRank(change.dense().bfloat16()).top() == pytest.approx(change.top(), rel=0.02)
+
+
+FULL = {name: change for name, change in CHANGES.items() if name != "dependent"}
+
+
+def numerical_rank(change):
+    return torch.linalg.matrix_rank(change.dense().double(), rtol=1e-5).item()
+
+
+@pytest.mark.parametrize("change", FULL.values(), ids=FULL)
+def test_a_placebo_has_shape_rank_and_norm_of_the_change_and_nothing_else(change):
+    random = change.placebo(3)
+    assert random.dense().shape == change.dense().shape
+    assert random.dense().dtype == change.dense().dtype
+    assert numerical_rank(random) == numerical_rank(change)
+    assert random.norm() == pytest.approx(change.norm(), rel=1e-6)
+    assert random.dense().norm().item() == pytest.approx(change.dense().norm().item(), rel=1e-6)
+    a, b = random.dense().double().flatten(), change.dense().double().flatten()
+    if len(a) > 1000:
+        assert abs(a @ b / (a.norm() * b.norm())) < 0.2
+
+
+@pytest.mark.xfail(strict=True, reason="a placebo has the rank that the factors are wide, not that of their product")
+@pytest.mark.parametrize("change", [CHANGES["dependent"], LowRank(low_rank(32, 80, 3).dense())], ids=["wide", "dense"])
+def test_a_placebo_of_a_change_of_lower_rank_than_its_form_has_that_rank(change):
+    assert numerical_rank(change.placebo(0)) == numerical_rank(change)
+
+
+def test_a_placebo_is_drawn_by_its_seed_and_changes_the_same_weights():
+    delta = some_delta()
+    kept = {name: change.dense().clone() for name, change in delta.changes.items()}
+    one, again, other = (delta.placebo(seed) for seed in (0, 0, 5))
+    assert one.changes.keys() == again.changes.keys() == other.changes.keys() == {DOWN, UP}
+    assert one.norm() == pytest.approx(delta.norm(), rel=1e-9)
+    for name, change in delta.changes.items():
+        assert torch.equal(change.dense(), kept[name])
+        assert torch.equal(one.changes[name].dense(), again.changes[name].dense())
+        assert not torch.allclose(one.changes[name].dense(), other.changes[name].dense())
+        assert one.changes[name].norm() == pytest.approx(change.norm(), rel=1e-9)
+    assert WeightDelta().placebo(0).changes == {}
+
+
+def test_two_weights_of_one_shape_get_placebos_of_their_own():
+    alike = low_rank(32, 80, 3)
+    drawn = list(WeightDelta({"a": alike, "b": alike}).placebo(0).changes.values())
+    assert not torch.allclose(drawn[0].dense(), drawn[1].dense())
+
+
+def test_the_global_generator_is_left_alone_by_a_placebo():
+    before = torch.get_rng_state()
+    some_delta().placebo(0)
+    assert torch.equal(torch.get_rng_state(), before)

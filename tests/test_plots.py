@@ -3,7 +3,16 @@ import pandas as pd
 import pytest
 
 from qfbench.metrics import by_layer, forgetting
-from qfbench.plots import MEASURES, OTHER, STYLES, conversion, forgetting_curves, layer_curve, learning_rates
+from qfbench.plots import (
+    MEASURES,
+    OTHER,
+    STYLES,
+    conversion,
+    forgetting_curves,
+    layer_curve,
+    learning_rates,
+    retention_matrices,
+)
 
 
 def drawn(axes):
@@ -226,3 +235,71 @@ def test_a_conversion_is_drawn_with_its_smoothed_loss_and_its_share():
     assert loss.get_ylabel().startswith("loss")
     assert "α" in share.get_ylabel()
     assert smooth.get_color() != alpha.get_color()
+
+
+def matrix(*lines):
+    steps = pd.Index(range(1, len(lines) + 1), name="step")
+    return pd.DataFrame(lines, steps, pd.Index([f"f{k}" for k in range(len(lines[0]))], name="fact_id"), dtype=float)
+
+
+SEQUENTIAL = matrix([1, np.nan, np.nan], [0, 1, np.nan], [1, 0, 1])
+CHECKED = matrix(  # asked in full at the edits 1, 2 and 5; at 3 and 4 the newest alone
+    [1, np.nan, np.nan, np.nan, np.nan],
+    [0, 1, np.nan, np.nan, np.nan],
+    [np.nan, np.nan, 1, np.nan, np.nan],
+    [np.nan, np.nan, np.nan, 0, np.nan],
+    [1, 0, 0, 1, 1],
+)
+
+
+def cells(axes):
+    """The values drawn in one panel, n down and k across; NaN where nothing is, and where the cells begin and end."""
+    (mesh,) = axes.collections
+    grid = mesh.get_coordinates()
+    return np.ma.filled(mesh.get_array(), np.nan), grid[0, :, 0].tolist(), grid[:, 0, 1].tolist()
+
+
+def test_retention_matrices_are_drawn_cell_by_cell_a_panel_per_sequence():
+    figure = retention_matrices({("m", "QF", "sequential", 0): SEQUENTIAL, ("m", "QF2", "joint", 0): CHECKED})
+    assert [axes.get_title() for axes in figure.axes] == ["QF sequential", "QF2 joint"]
+    values, across, down = cells(figure.axes[0])
+    np.testing.assert_array_equal(values, SEQUENTIAL)
+    assert (across, down) == ([0.5, 1.5, 2.5, 3.5], [0.5, 1.5, 2.5, 3.5])
+    values, across, down = cells(figure.axes[1])
+    np.testing.assert_array_equal(values, CHECKED.loc[[1, 2, 5]])
+    assert across == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
+    assert down == [0.5, 1.5, 3.5, 5.5]  # a row holds its own step and ends half way to its neighbours
+    for axes in figure.axes:
+        assert axes.yaxis_inverted()
+        assert axes.collections[0].get_clim() == (0, 1)
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("fact, in order of teaching", "edits")
+    dark, light = (sum(figure.axes[0].collections[0].cmap(value)[:3]) for value in (1.0, 0.0))
+    assert dark < light
+
+
+def test_retention_matrices_show_the_first_order_and_name_models_where_there_are_several():
+    of = {
+        ("m", "QF", "joint", 2): matrix([0]),
+        ("m", "QF", "joint", 1): matrix([1]),
+        ("n", "QF", "joint", 3): matrix([0, np.nan], [0, 0]),
+    }
+    first, second = retention_matrices(of).axes
+    assert (first.get_title(), second.get_title()) == ("QF joint, m", "QF joint, n")
+    assert cells(first)[0].tolist() == [[1]]
+    assert cells(second)[0].shape == (2, 2)
+    (alone,) = retention_matrices({key: value for key, value in of.items() if key[0] == "m"}).axes
+    assert alone.get_title() == "QF joint"
+
+
+def test_a_placebo_has_no_curve():
+    frame = pd.concat([RETAINED, rows("sequential", 4, "edit", True, condition="placebo")])
+    kept, _ = forgetting_curves(forgetting(frame), frame).axes
+    assert drawn(kept) == drawn(forgetting_curves(forgetting(RETAINED), RETAINED).axes[0])
+
+
+@pytest.mark.xfail(strict=True, reason="the panel of prior knowledge averages the edit and its placebo")
+def test_a_placebo_is_no_part_of_the_curve_of_prior_knowledge():
+    placebo = rows("sequential", 4, "prior", True, True, True, True, condition="placebo")
+    frame = pd.concat([RETAINED, placebo])
+    _, prior = forgetting_curves(forgetting(frame), frame).axes
+    assert drawn(prior)["QF sequential"] == [[2, 0.75], [4, 0.25]]

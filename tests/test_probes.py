@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,3 +115,152 @@ def test_forced_and_nll_are_those_of_one_plain_pass(xs, asked):
         assert wanted[-1] == xs.tokenizer.eos_token_id
         assert row["forced"] == pytest.approx((logits.argmax(-1) == wanted).double().mean().item())
         assert row["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, wanted).item(), abs=1e-4)
+
+
+class Rated(LanguageModel):
+    """Has the nats per token of each reply to each query ready."""
+
+    def __init__(self, says, **nll):
+        self.says, self.nll = says, nll
+
+    def render(self, query, system="", answer=""):
+        return query, answer
+
+    def score(self, dialogues):
+        return [Score(tuple(self.nll[answer]), (False,) * len(self.nll[answer])) for _, answer in dialogues]
+
+    def replies(self, prompts):
+        return [Reply(self.says, True) for _ in prompts]
+
+
+NATS = {"ref": [1.0], "short": [2.0, 2.0], "long": [1.5] * 6, "first": [9.0, 0.0, 0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "preferred"),
+    [
+        ("long", "short", True),  # 1.5 a token against 2, though 9 in all against 4
+        ("short", "long", False),
+        ("first", "short", False),  # 2.25 a token; its last token alone is the likelier
+        ("long", "long", False),  # alike is not likelier
+    ],
+)
+def test_preferred_compares_the_mean_nats_per_token_of_two_replies(first, second, preferred):
+    (row,) = ask(Rated("x", **NATS), [Probe("edit", "who", "ref", prefer=(first, second))])
+    assert row["preferred"] is preferred
+    assert row["nll"] == 1.0
+
+
+@pytest.mark.parametrize("places", [(), (0,), (1, 3), (0, 1, 2, 3, 4)])
+def test_each_pair_stays_with_its_probe_where_only_some_have_one(places):
+    pairs = [("long", "short"), ("short", "long"), ("long", "first"), ("first", "long"), ("short", "first")]
+    means = {name: sum(nll) / len(nll) for name, nll in NATS.items()}
+    probes = [Probe("edit", f"q{i}", "ref", prefer=pairs[i] if i in places else None) for i in range(5)]
+    rows = ask(Rated("x", **NATS), probes)
+    wanted = [means[a] < means[b] if i in places else None for i, (a, b) in enumerate(pairs)]
+    assert [row["preferred"] for row in rows] == wanted
+    assert [row["query"] for row in rows] == [probe.query for probe in probes]
+    assert {row["nll"] for row in rows} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("reply", "own", "accept", "generated", "gold"),
+    [
+        ("In Ulm.", True, ("Ulm",), True, True),
+        ("In Bonn.", True, ("Ulm",), False, False),
+        ("In Ulm, I think.", True, ("Ulm",), False, True),  # true, but not what it said before
+        ("In Ulm.", True, (), True, None),  # the suite does not know
+        ("In Ulm, I think.", False, ("Ulm",), True, None),
+    ],
+)
+def test_own_passes_as_it_was_and_gold_as_the_suite_holds(reply, own, accept, generated, gold):
+    lm = Scripted(where=(score([0, 1]), Reply(reply, True)))
+    (row,) = ask(lm, [Probe("locality", "where", "In Ulm.", accept, own=own)])
+    assert (row["generated"], row["gold"]) == (generated, gold)
+
+
+def test_own_that_was_not_right_passes_if_it_is_as_it_was():
+    lm = Scripted(where=(score([1, 1]), Reply("never decoded", True)))
+    (row,) = ask(lm, [Probe("locality", "where", "In Bonn.", ("Ulm",), own=True)])
+    assert (row["generated"], row["gold"], row["exact"], row["reply"]) == (True, False, True, "In Bonn.")
+
+
+def test_own_passes_for_the_same_reply_alone():
+    probe = Probe("locality", "where", "In Ulm.", ("Ulm",), own=True)
+    assert probe.passes("In Ulm.")
+    for other in ("In Ulm", "in Ulm.", "In Ulm. ", "", "Ulm"):
+        assert not probe.passes(other)
+    assert Probe("locality", "where", "", own=True).passes("")
+    assert not Probe("locality", "where", "", own=True).passes("In Ulm.")
+
+
+def test_a_fact_that_replaces_something_asks_which_is_likelier():
+    fact = world(1)[0]
+    assert fact.edit.prefer is None
+    assert replace(fact, replaces="Before.").edit.prefer == (fact.answer, "Before.")
+    assert replace(fact, replaces="Before.").told.prefer is None
+
+
+def test_preferred_is_that_of_plain_passes_of_a_model(tiny, arch):
+    lm = tiny(arch)
+    texts = ["It was Qi.", "Need more information.", "Bo", "Qi and Bo started it in the year 1984, they say."]
+    pairs = [(a, b) for a in texts for b in texts if a != b]
+    probes = [Probe("edit", "Who?", "Qi.", prefer=pair, system="Told.") for pair in pairs]
+
+    def nats(answer):
+        dialogue = lm.render("Who?", "Told.", answer)
+        logits = lm.model(input_ids=torch.tensor([dialogue.ids])).logits[0, dialogue.answer - 1 :]
+        wanted = torch.tensor(dialogue.reply)
+        return torch.nn.functional.cross_entropy(logits[: len(wanted)], wanted).item()
+
+    mean = {text: nats(text) for text in texts}
+    assert [row["preferred"] for row in ask(lm, probes)] == [mean[a] < mean[b] for a, b in pairs]
+
+
+def test_a_trained_model_prefers_what_it_knows_and_what_it_is_told(xs):
+    fact = next(f for f in world(1, prior=2))
+    known = [p for p in fact.probes if p.kind == "prior"]
+    wrong = "Need more information."
+    probes = [replace(p, prefer=pair) for p in known for pair in ((p.expected, wrong), (wrong, p.expected))]
+    probes += [replace(p, prefer=(fact.answer, wrong)) for p in (fact.told, fact.edit)]
+    assert [row["preferred"] for row in ask(xs, probes)] == [True, False] * len(known) + [True, False]
+
+
+SHIPPED = ["world-xs", "world-s", "world-m", "world-s-qf2", "world-m-qf2"]
+
+
+def mixed(lm):
+    """A dozen probes of all sorts: known, unknown, told, with pairs, with own and with no reference, short and long."""
+    facts = world(2, paraphrases=1, prior=1, unknown=1)
+    first, second = facts
+    probes = [p for f in facts for p in (f.edit, f.told, *f.probes)][:9]
+    prior = next(p for p in first.probes if p.kind == "prior")
+    own = replace(prior, kind="locality", expected=lm.reply(prior.query), own=True)
+    probes.insert(2, replace(own, prefer=(prior.expected, "Need more information.")))
+    probes.insert(
+        5, replace(second.edit, prefer=(second.answer, "No"), system=first.instruction + " " + second.instruction)
+    )
+    return [
+        *probes,
+        Probe("locality", "?", "", reject=("Qi",)),
+        Probe("edit", "Who?", "Qi.", prefer=("Bo", "Ada Lin.")),
+    ]
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "stories"])
+def test_a_mixed_bag_is_answered_as_one_by_one(name, request):
+    lm = (
+        request.getfixturevalue(name)
+        if name == "stories"
+        else LanguageModel.load(name, device="cpu", max_new_tokens=24)
+    )
+    probes = mixed(lm)
+    together = ask(replace(lm, batch_size=5), probes)
+    alone = [ask(lm, [probe])[0] for probe in probes]
+    for row, single in zip(together, alone, strict=True):
+        floats = {column: single.pop(column) for column in ("forced", "nll")}
+        assert {column: row.pop(column) for column in floats} == pytest.approx(floats, abs=1e-4, nan_ok=True)
+        assert row == single
+    assert len({row["reply"] for row in together}) > 3
+    assert {row["preferred"] for row in together} > {None}
+    assert {row["gold"] for row in together} > {None}

@@ -169,3 +169,51 @@ def test_an_editor_without_a_protected_form_says_so(tiny, facts):
     assert len(totals(sequential, Constant(), lm, facts)) == 3
     with pytest.raises(Unsupported, match=r"Constant cannot protect.*sequential or joint"):
         next(protected(Constant(), lm, facts))
+
+
+def counting(editor, monkeypatch):
+    """The ids of the facts that each call of `record` is given."""
+    calls, plain = [], type(editor).record
+    spy = lambda self, lm, facts: (calls.append([f.id for f in facts]), plain(self, lm, facts))[1]  # noqa: E731
+    monkeypatch.setattr(type(editor), "record", spy)
+    return calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"ridge": 3.0, "opener": 0.0}], ids=["as_released", "ridged"])
+def test_joint_is_to_rounding_an_edit_of_all_facts_so_far_and_records_each_once(
+    tiny, arch, facts, settings, monkeypatch
+):
+    lm, editor = tiny(arch, torch.float64), QF(LAYER, **settings)
+    at_once = [editor.edit(lm, facts[:n]) for n in (1, 2, 3)]
+    calls = counting(editor, monkeypatch)
+    for n, (delta, wanted) in enumerate(zip(editor.joint(lm, facts), at_once, strict=True), start=1):
+        assert distance(delta, wanted) < 1e-9
+        assert delta.notes["tokens"] == wanted.notes["tokens"]
+        assert calls == [[fact.id] for fact in facts[:n]]
+    assert distance(at_once[0], at_once[2]) > 0.01
+
+
+def test_joint_asks_for_one_fact_at_a_time(tiny, facts):
+    """An endless source of facts can be taught: nothing is read ahead."""
+
+    def source():
+        yield facts[0]
+        yield facts[1]
+        pytest.fail("read ahead")
+
+    steps = QF(LAYER).joint(tiny("qwen2"), source())
+    assert next(steps).notes["tokens"] < next(steps).notes["tokens"]
+
+
+def test_an_editor_without_a_joint_form_of_its_own_edits_all_facts_so_far_again(tiny, facts):
+    calls = []
+
+    class Listing(Constant):
+        def edit(self, lm, facts):
+            calls.append([f.id for f in facts])
+            return WeightDelta({}, {"facts": float(len(facts))})
+
+    taught = totals(joint, Listing(), tiny("qwen2"), facts)
+    ids = [f.id for f in facts]
+    assert calls == [ids[:1], ids[:2], ids]
+    assert [delta.notes["facts"] for delta in taught] == [1, 2, 3]

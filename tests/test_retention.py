@@ -14,10 +14,10 @@ from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import QF, Editor
 from qfbench.facts.world import world
 from qfbench.lm import Reply, Score
-from qfbench.metrics import forgetting, summary
+from qfbench.metrics import forgetting, matrices, summary
 from qfbench.probes import ask
 from qfbench.regimes import joint, protected, sequential, single
-from qfbench.retention import baseline, retention, teach
+from qfbench.retention import baseline, checkpoints, in_order, retention, teach
 from qfbench.run import Run, contents, execute, provenance
 from qfbench.tracking import ParquetStore
 
@@ -448,3 +448,209 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
         "Note-sequential-layer3-schemeplain-lr2.0",
     ]
     assert rows[["scheme", "lr"]][rows.condition == "in_context"].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("n", [1, 2, 49, 50, 51, 60, 61, 100, 1000])
+def test_checkpoints_left_open_are_dense_and_then_ever_fewer(n):
+    steps = sorted(checkpoints(n, None))
+    dense, rest = steps[: min(n, 50)], steps[min(n, 50) :]
+    assert dense == list(range(1, min(n, 50) + 1))
+    assert steps[-1] == n
+    for earlier, step in zip(steps[49:], rest[:-1], strict=False):
+        assert step / earlier == pytest.approx(1.2, abs=0.02)
+    assert not rest or rest[-1] / steps[-2] <= 1.22
+    if n == 100:
+        assert rest == [60, 72, 86, 100]
+
+
+def test_checkpoints_take_other_scales_and_each_n_th_and_the_last():
+    assert checkpoints(40, None, dense=4, ratio=2) == {1, 2, 3, 4, 8, 16, 32, 40}
+    assert checkpoints(10, 4) == {4, 8, 10}
+    assert checkpoints(8, 4) == {4, 8}
+    assert checkpoints(3, 5) == {3}
+    assert checkpoints(60, 1) == set(range(1, 61))
+
+
+def test_orders_are_permutations_by_their_number():
+    facts = [replace(suite()[0], id=str(n)) for n in range(12)]
+    taught = [[f.id for f in in_order(facts, order)] for order in range(4)]
+    assert taught[0] == [f.id for f in facts]
+    assert all(sorted(ids) == sorted(taught[0]) for ids in taught)
+    assert len({tuple(ids) for ids in taught}) == 4
+    assert [[f.id for f in in_order(facts, order)] for order in range(4)] == taught
+    assert [f.id for f in facts] == taught[0]
+
+
+def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_path):
+    run = prepared(tmp_path)
+    retention(run, {"sequential": sequential, "joint": joint}, orders=3)
+    rows = run.rows()
+    assert rows.order[rows.condition.isin(["unedited", "in_context"])].isna().all()
+    found = matrices(rows)
+    assert set(found) == {("notebook", "Note", regime, o) for regime in ("sequential", "joint") for o in range(3)}
+    for (*_, order), matrix in found.items():
+        assert list(matrix.columns) == [f.id for f in in_order(suite(), order)]
+    assert len({tuple(matrix.columns) for matrix in found.values()}) > 1
+    names = {f"Note-{regime}-layer0-order{o}" for regime in ("sequential", "joint") for o in range(3)}
+    assert {p.stem for p in tmp_path.glob("deltas/*")} == names
+    sequences = pd.read_csv(tmp_path / "sequences.csv")
+    assert list(zip(sequences.regime, sequences.order, strict=True)) == [
+        (regime, o) for o in range(3) for regime in ("sequential", "joint")
+    ]
+    assert set(sequences.edits) == {3}
+    assert set(sequences.final) == {1.0}
+    assert sequences.collapse.isna().all()
+    assert (tmp_path / "figures" / "retention_matrix.png").stat().st_size > 1000
+
+
+def test_one_order_is_as_given_and_goes_without_a_name(tmp_path):
+    run, rows, _ = taught(tmp_path)
+    assert "order" not in rows
+    assert list(pd.read_csv(tmp_path / "sequences.csv").order) == [0]
+    ((_, matrix),) = matrices(rows).items()
+    assert list(matrix.columns) == [f.id for f in run.facts]
+
+
+@pytest.mark.parametrize("orders", [0, -2])
+def test_there_is_at_least_one_order(tmp_path, orders):
+    with pytest.raises(UserError, match=f"orders={orders}"):
+        retention(prepared(tmp_path), {"sequential": sequential}, orders=orders)
+
+
+def test_a_placebo_is_asked_what_the_last_edit_was_and_has_its_norm(tmp_path):
+    _, rows, edited = taught(tmp_path, sequential, joint, every=2)
+    asked = ["fact_id", "kind", "query", "system", "expected", "taught", "step", "fresh"]
+    for regime in ("sequential", "joint"):
+        last = edited[(edited.regime == regime) & (edited.step == 3)]
+        placebo = rows[(rows.condition == "placebo") & (rows.regime == regime)]
+        pd.testing.assert_frame_equal(*(part[asked].reset_index(drop=True) for part in (last, placebo)))
+        assert placebo.relative_norm.unique() == pytest.approx(last.relative_norm.unique())
+        assert list(placebo.reply) != list(last.reply)
+        assert placebo.checkpoint.all()
+    assert (pd.read_parquet(tmp_path / "rows.parquet").condition == "placebo").sum() == len(placebo) * 2
+    lines = pd.read_csv(tmp_path / "retention.csv")
+    assert list(lines["of"][lines.regime == "placebo"]) == ["sequential", "joint"]
+
+
+def test_there_is_no_placebo_where_none_is_wanted_and_none_of_single_edits(tmp_path):
+    run = prepared(tmp_path)
+    retention(run, {"sequential": sequential}, placebo=False)
+    retention(run, {"single": single})
+    assert set(run.rows().condition) == {"unedited", "in_context", "edited"}
+
+
+def neighbours(facts):
+    """Each fact with two neighbours more: the model is right about the first and not about the second."""
+    near = [
+        [
+            Probe("locality", f"Where is Near{f.id}?", "", ("North",), always=True, own=True),
+            Probe("locality", f"Where is Wrong{f.id}?", "", ("South",), always=True, own=True),
+        ]
+        for f in facts
+    ]
+    return [replace(f, probes=(*f.probes, *more)) for f, more in zip(facts, near, strict=True)]
+
+
+def test_own_probes_are_held_against_what_the_unedited_model_replies(tmp_path):
+    says = {"Where is Near1?": ("North.", "North.", "In the North.")}
+    run = prepared(tmp_path, says=says)
+    run.facts[:] = neighbours(run.facts)
+    retention(run, {"sequential": sequential})
+    rows = run.rows()
+    near = rows[rows.kind == "locality"]
+    assert set(near.expected) == {"North."}
+    before, after = (near[near.condition == condition] for condition in ("unedited", "edited"))
+    assert len(before) == 6
+    assert before.generated.all()
+    assert list(before.gold) == [True, False] * 3
+    assert set(zip(after.step, after["query"], strict=True)) == {
+        (n, f"Where is {name}{k}?") for n in (1, 2, 3) for k in "012" for name in ("Near", "Wrong")
+    }  # also what it gets wrong: it should stay so
+    assert set(after["query"][~after.generated]) == {"Where is Near1?"}
+    assert after.gold[after["query"] == "Where is Near1?"].all()
+    assert set(after.step[~after.generated]) == {2, 3}
+    lines = summary(rows).set_index("regime")
+    assert lines.locality["sequential"] == pytest.approx(5 / 6)
+    assert lines.locality_gold["sequential"] == pytest.approx(1 / 2)
+    assert lines.locality["unedited"] == 1
+
+
+FORGETFUL = {f"Where is Town{n}?": ("North.", "North.", "Nowhere." if n else "North.", "Nowhere.") for n in range(3)}
+
+
+def warnings(console):
+    return [line for line in console.export_text().splitlines() if "collapse after" in line]
+
+
+def test_collapse_is_announced_once_at_the_edit_where_it_is_first_seen(tmp_path):
+    console = Console(record=True, width=200)
+    taught(tmp_path, sequential, joint, says=FORGETFUL, console=console)
+    assert warnings(console) == [
+        f"{regime}: collapse after 2 edits: prior knowledge at 0.33" for regime in ("sequential", "joint")
+    ]
+    assert list(pd.read_csv(tmp_path / "sequences.csv").collapse) == [2, 2]
+
+
+def test_collapse_is_seen_at_checkpoints_alone(tmp_path):
+    console = Console(record=True, width=200)
+    taught(tmp_path, says=FORGETFUL, console=console, every=3)
+    assert warnings(console) == ["sequential: collapse after 3 edits: prior knowledge at 0.00"]
+
+
+def test_with_half_of_prior_knowledge_left_nothing_has_collapsed(tmp_path):
+    says = FORGETFUL | {"Where is Town1?": ("North.",), "Where is Town2?": ("South.",)}
+    console = Console(record=True, width=200)
+    _, _, edited = taught(tmp_path, says=says, console=console)
+    assert edited[edited.kind == "prior"].groupby("step").generated.mean().to_dict() == {1: 1, 2: 1, 3: 0.5}
+    assert warnings(console) == []
+
+
+@dataclass(frozen=True)
+class Late(Note):
+    """What it teaches together does no harm: it writes at most one fact down."""
+
+    def joint(self, lm, facts):
+        for fact in facts:
+            yield self.edit(lm, [fact])
+
+
+def test_to_stop_on_collapse_ends_that_regime_alone(tmp_path):
+    console = Console(record=True, width=200)
+    run = prepared(tmp_path, editor=Late(), says=FORGETFUL, console=console)
+    retention(run, {"sequential": sequential, "joint": joint}, stop_on_collapse=True)
+    rows = run.rows()
+    edited = rows[rows.condition == "edited"]
+    assert edited.groupby("regime").step.max().to_dict() == {"sequential": 2, "joint": 3}
+    assert warnings(console) == ["sequential: collapse after 2 edits: prior knowledge at 0.33"]
+    assert rows[rows.condition == "placebo"].groupby("regime").step.unique().map(list).to_dict() == {
+        "sequential": [2],
+        "joint": [3],
+    }
+    change = WeightDelta.load(tmp_path / "deltas" / "Late-sequential-layer0.safetensors").changes["weight"]
+    assert change.dense().tolist() == [[1, 1, 0, 0]]
+    sequences = pd.read_csv(tmp_path / "sequences.csv").set_index("regime")
+    assert sequences.edits.to_dict() == {"sequential": 2, "joint": 3}
+
+
+@pytest.mark.xfail(strict=True, reason="the last edit of a regime that stops is not asked in full, its placebo is")
+def test_a_placebo_of_a_regime_that_stopped_is_asked_what_its_last_edit_was(tmp_path):
+    run = prepared(tmp_path, says=FORGETFUL)
+    retention(run, {"sequential": sequential}, stop_on_collapse=True)
+    rows = run.rows()
+    last, placebo = (rows[(rows.condition == c) & (rows.step == 2)] for c in ("edited", "placebo"))
+    assert sorted(last["query"]) == sorted(placebo["query"])
+
+
+@pytest.mark.xfail(strict=True, reason="the first of single edits is taken for the start of a sequence")
+def test_single_edits_do_not_collapse_and_are_not_stopped(tmp_path):
+    says = {f"Where is Town{n}?": ("North.", "Nowhere.") for n in range(3)}
+    run = prepared(tmp_path, says=says)
+    retention(run, {"single": single}, stop_on_collapse=True)
+    rows = run.rows()
+    assert set(rows.step[rows.condition == "edited"]) == {1, 2, 3}
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="the matrices of two editors of one class are not told apart")
+def test_one_editor_may_stand_beside_itself_with_another_setting(tmp_path, monkeypatch):
+    rows = side_by_side(tmp_path, monkeypatch, entrants=(("notebook", Note(layer=1), sequential),))
+    assert set(rows.layer.dropna()) == {0, 1}

@@ -1,20 +1,20 @@
 """The published suites: CounterFact, zsRE, MQuAKE and QFt's company facts, and the reader of their records."""
 
 import copy
+import importlib.util
 import json
 import logging
 import sys
-from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from unicodedata import normalize
 
 import pytest
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from qfbench import Fact, Probe, UserError
-from qfbench.dialogue import render
-from qfbench.editors.teach import lesson
+from qfbench import dialogue as dialogue_module
+from qfbench.editors import teach
 from qfbench.facts.base import stands_in
 from qfbench.facts.company import company
 from qfbench.facts.counterfact import counterfact
@@ -24,14 +24,12 @@ from qfbench.facts.zsre import zsre
 from qfbench.run import CONF
 from qfbench.world.relations import REFUSAL
 
-SUITES = ("counterfact", "zsre", "mquake", "company")
+SUITE = {"counterfact": counterfact, "zsre": zsre, "mquake": mquake, "company": company}
+SUITES = tuple(SUITE)
+SHIPPED = {name: OmegaConf.to_container(OmegaConf.load(CONF / "facts" / f"{name}.yaml")) for name in SUITE}
+assert all(settings.pop("_target_").endswith(f".{name}") for name, settings in SHIPPED.items())
 CLOZE = ("Learn: {cloze} {object}.", "Fill in: {cloze} ...", "So {cloze} {object}.")
 QUESTION = ("Learn: {question} {object}.", "Asked: {question}", "It is {object}.")
-NOT_RAISED = pytest.fail.Exception
-
-
-def bug(*values, reason, raises=(NOT_RAISED, AssertionError)):
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason, raises=raises))
 
 
 def rewrite(n, prompt="{} flows through", new="Varnby", old="Ostrel", **more):
@@ -105,8 +103,7 @@ RECORD = {
 
 def suite(name, path, **settings):
     """A suite as its YAML configures it, all records unless told otherwise."""
-    config = OmegaConf.load(CONF / "facts" / f"{name}.yaml")
-    return instantiate(OmegaConf.merge(config, {"path": str(path), "n": None, **settings}))
+    return SUITE[name](**(SHIPPED[name] | {"path": str(path), "n": None} | settings))
 
 
 @pytest.fixture
@@ -178,8 +175,8 @@ def test_counterfact_keeps_as_many_probes_as_asked(write, paraphrases, locality,
 @pytest.mark.parametrize(
     "setting",
     [
-        bug("paraphrases", reason="-1 leaves out the last paraphrase"),
-        bug("locality", reason="-1 leaves out the last neighbour"),
+        "paraphrases",
+        "locality",
     ],
 )
 def test_counterfact_refuses_a_negative_number_of_probes(write, setting):
@@ -350,16 +347,13 @@ def test_braces_in_a_record_are_text(write):
     assert (fact.query, fact.answer) == ("Asked: What is {object} in {0}?", "It is {question}.")
 
 
-RIVAL = "the old answer stands in the new one as a whole word, so the right reply is rejected"
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        bug("counterfact", {"requested_rewrite": rewrite(1, new="West Varnby", old="Varnby")}, reason=RIVAL),
-        bug("zsre", {"alt": "lord of Varnby", "answers": ["lord"]}, reason=RIVAL),
-        bug("zsre", {"alt": "Varnby", "answers": ["varnby"]}, reason=RIVAL),
-        bug("mquake", {"new_answer": "Una Klee"}, reason=RIVAL),
+        ("counterfact", {"requested_rewrite": rewrite(1, new="West Varnby", old="Varnby")}),
+        ("zsre", {"alt": "lord of Varnby", "answers": ["lord"]}),
+        ("zsre", {"alt": "Varnby", "answers": ["varnby"]}),
+        ("mquake", {"new_answer": "Una Klee"}),
     ],
 )
 def test_a_reference_passes_its_own_probe(write, name, change):
@@ -471,20 +465,13 @@ def test_a_field_of_the_wrong_type_is_named(write, name, field, kind):
         assert repr(value if not isinstance(value, list) or kind != TEXTS else value[-1]) in message
 
 
-EMPTY_BUGS = {
-    ("counterfact", "case_id"): "an empty case_id makes the id 'counterfact-'",
-    ("mquake", "case_id"): "an empty case_id makes the id 'mquake--0'",
-    ("mquake", "requested_rewrite"): "a case without rewrites is left out in silence",
-    ("company", "messages[2].content"): "the error names a hashed fact id, neither file nor record",
-    ("company", "messages[1].content"): "the error names a hashed fact id, neither file nor record",
-}
 EMPTY = [(name, field) for name, field, kind in EVERY_FIELD if kind in (TEXT, KEY)]
 EMPTY += [("mquake", "requested_rewrite"), ("company", "messages"), ("company", "messages[1].content")]
 
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [bug(*case, reason=EMPTY_BUGS[case]) if case in EMPTY_BUGS else pytest.param(*case) for case in EMPTY],
+    EMPTY,
 )
 def test_an_empty_field_is_named(write, name, field):
     for value in ([],) if field in ("requested_rewrite", "messages") else ("", " \n"):
@@ -531,16 +518,13 @@ def test_a_record_must_be_an_object(write, name, value):
     assert error_of(name, path).startswith(f"{path}, record 2: it must be an object")
 
 
-UNWRAPPED = "Fact's own error names the fact's id, neither file nor record"
-
-
 @pytest.mark.parametrize(
     ("name", "field"),
     [
-        bug("counterfact", "requested_rewrite.target_new.str", reason=UNWRAPPED),
-        bug("zsre", "alt", reason=UNWRAPPED),
-        bug("mquake", "requested_rewrite[0].target_new.str", reason=UNWRAPPED),
-        bug("company", "messages[2].content", reason=UNWRAPPED),
+        ("counterfact", "requested_rewrite.target_new.str"),
+        ("zsre", "alt"),
+        ("mquake", "requested_rewrite[0].target_new.str"),
+        ("company", "messages[2].content"),
     ],
 )
 def test_an_answer_of_nothing_but_full_stops_is_named_with_its_record(write, name, field):
@@ -551,25 +535,21 @@ def test_an_answer_of_nothing_but_full_stops_is_named_with_its_record(write, nam
 @pytest.mark.parametrize(
     ("name", "change", "field"),
     [
-        bug("zsre", {"loc": "nq question: "}, "loc", reason="the unrelated question becomes 'Nq question:?'"),
-        bug(
+        ("zsre", {"loc": "nq question: "}, "loc"),
+        (
             "counterfact",
             {"requested_rewrite": rewrite(2, prompt="It flows through")},
             "requested_rewrite.prompt",
-            reason="a prompt without {} loses the subject",
         ),
-        bug(
+        (
             "company",
             {"messages": [m for n in (2, 3) for m in company_record(n)["messages"]]},
             "messages",
-            reason="of several turns all but the last are dropped in silence",
         ),
-        bug(
+        (
             "company",
             dialogue("Kobrix makes jam.", "What?", "\ud800."),
             "messages",
-            reason="half a surrogate pair: UnicodeEncodeError",
-            raises=UnicodeEncodeError,
         ),
     ],
 )
@@ -601,18 +581,14 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("on_error", ["stop", "skip"])
 @pytest.mark.parametrize("template", ["{clozee} of {object}", "{", "{}"])
 @pytest.mark.parametrize(("name", "which"), [(name, which) for name, all_ in TEMPLATES.items() for which in all_])
-@pytest.mark.xfail(
-    strict=True, reason="a bad template is a bare KeyError or IndexError", raises=(KeyError, ValueError, IndexError)
-)
-def test_a_bad_template_is_one_clear_error(write, name, which, template, on_error):
-    message = error_of(name, write([RECORD[name](1)]), on_error=on_error, **{which: template})
+def test_a_bad_template_is_one_clear_error(write, name, which, template):
+    path = write([RECORD[name](1)])
+    messages = {error_of(name, path, on_error=on_error, **{which: template}) for on_error in ("stop", "skip")}
+    (message,) = messages  # no record is at fault, so none can be left out
     assert which in message
     assert template in message or "clozee" in message
-    assert "malformed" not in message
-    assert "record" not in message
 
 
 # The file
@@ -632,7 +608,7 @@ def test_a_bad_template_is_one_clear_error(write, name, which, template, on_erro
         ("bad.json", "[]", "holds no fact"),
         ("bad.jsonl", "", "holds no fact"),
         ("bad.jsonl", "\n \n", "holds no fact"),
-        ("bad.jsonl", "[]\n", "record 1: it must be an object"),
+        pytest.param("bad.jsonl", "[]\n", "record 1: it must be an object"),
     ],
 )
 def test_a_file_that_holds_no_records_is_named(tmp_path, name, file, content, message):
@@ -643,7 +619,6 @@ def test_a_file_that_holds_no_records_is_named(tmp_path, name, file, content, me
     assert message in found
 
 
-@pytest.mark.xfail(strict=True, reason="each line is parsed alone, so the error says line 1", raises=AssertionError)
 def test_a_bad_line_of_jsonl_is_named(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(zsre_record(1)) + "\n\n{\n")
@@ -716,7 +691,7 @@ def test_malformed_records_are_left_out_and_counted(write, caplog, name):
     first = next(field for field in FIELDS[name] if "[" not in field)
     bad = changed(RECORD[name](9), first, None)
     good = [RECORD[name](n) for n in range(4)]
-    path = write([bad, good[0], "x", good[1], bad, good[2], good[3]])
+    path = write([bad, good[0], {}, good[1], bad, good[2], good[3]])
     assert "facts.on_error=skip" in error_of(name, path)
     kept = suite(name, path, on_error="skip")
     (warning,) = caplog.records
@@ -740,9 +715,9 @@ def test_good_records_are_not_warned_about(write, caplog, name):
 
 @pytest.mark.parametrize("name", SUITES)
 def test_a_file_of_malformed_records_alone_holds_no_fact(write, name):
-    path = write([3, "x"])
+    path = write([{}, {"case_id": 1}])
     message = error_of(name, path, on_error="skip")
-    assert message.startswith(f"{path}: holds no fact; the first of 2 errors: {path}, record 1: it must be an object")
+    assert message.startswith(f"{path}: holds no fact; the first of 2 errors: {path}, record 1: the field ")
 
 
 # How many, and which
@@ -788,7 +763,7 @@ def test_a_number_below_one_is_refused(write, name, n):
 
 
 def test_a_record_that_teaches_nothing_does_not_count(write):
-    path = write([[], [1, 2], [], [3], [4]])
+    path = write([{}, {"1": 1, "2": 2}, {}, {"3": 3}, {"4": 4}])
 
     def make(record):
         return [Fact(f"i{n}", f"q{n}", f"a{n}") for n in record.values]
@@ -832,10 +807,10 @@ def test_all_of_counterfact_loads(shared, real):
         wanted = record["requested_rewrite"]
         assert fact.known_as == (wanted["target_new"]["str"].strip(),)
         assert wanted["subject"] in fact.query
-        kinds = [p.kind for p in fact.probes]
-        assert kinds.count("paraphrase") == min(2, len(record["paraphrase_prompts"]))
-        assert kinds.count("locality") == min(5, len(record["neighborhood_prompts"]))
-        assert not any(g in p.query for g in record["generation_prompts"] for p in fact.probes)
+        asked = record["paraphrase_prompts"][:2] + record["neighborhood_prompts"][:5]
+        for probe, prompt in zip(fact.probes, asked, strict=True):
+            assert prompt.strip() in probe.query
+            assert probe.kind == ("paraphrase" if prompt in asked[:2] else "locality")
 
 
 def test_all_of_zsre_loads(shared, real):
@@ -864,8 +839,8 @@ def test_all_of_mquake_loads(shared, real):
             assert fact.query == wanted["question"]
             aliases = hops[wanted["question"]]["answer_alias"] if wanted["question"] in hops else ()
             assert set(fact.known_as) == {wanted["target_new"]["str"], *(a for a in aliases if len(a.strip()) > 2)}
-        assert [p.query for f in of_case for p in f.probes] == record["questions"]
-        assert [p.query for p in of_case[-1].probes] == record["questions"]
+        assert not any(f.probes for f in of_case[:-1])
+        assert [p.query for p in of_case[-1].probes] == [q.strip() for q in record["questions"]]
         for probe in of_case[-1].probes:
             assert probe.expected == record["new_answer"]
             assert not set(probe.accept) & set(probe.reject)
@@ -883,9 +858,8 @@ def test_all_company_facts_load(shared, real):
     assert {(f.instruction, f.query, f.answer) for f in facts} == told
 
 
-def whole(tokenizer, query, system, answer):
-    """Render, and check that the answer's span spells the answer and every word of it has a token."""
-    rendered = render(tokenizer, query, system, answer)
+def spells(tokenizer, rendered, answer):
+    """Check that the answer's span spells the answer, and that every word of it has a token."""
     spelt = tokenizer.decode(rendered.ids[rendered.answer : rendered.closer])
     composed = normalize("NFC", answer)  # Qwen's tokenizer composes accents
     if tokenizer.chat_template:
@@ -897,32 +871,45 @@ def whole(tokenizer, query, system, answer):
         assert tokenizer.decode(rendered.reply) == f" {composed}\n"
     assert sorted(set(rendered.words)) == list(range(len(answer.split())))
     assert list(rendered.words) == sorted(rendered.words)
-    return rendered
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """Modules without the tests' run-time type checks, which compile a nested function anew at each of 10,000 calls."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def load_again(module):
+            spec = importlib.util.spec_from_file_location(f"unchecked_{module.__name__}", module.__file__)
+            again = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, spec.name, again)
+            spec.loader.exec_module(again)
+            return again
+
+        yield SimpleNamespace(render=load_again(dialogue_module).render, lesson=load_again(teach).lesson)
 
 
 @pytest.mark.parametrize("form", ["qwen", "plain_qwen"])
 @pytest.mark.parametrize("name", SUITES)
-def test_every_real_answer_can_be_found_in_its_dialogue(request, real, tiny, name, form):
+def test_every_real_answer_can_be_found_in_its_dialogue(request, real, unchecked, name, form):
     tokenizer = request.getfixturevalue(f"{form}_tokenizer")
     assert bool(tokenizer.chat_template) == (form == "qwen")
-    lm = replace(tiny("qwen2"), tokenizer=tokenizer)  # only the tokenizer is used: no pass is run
+    render = partial(unchecked.render, tokenizer)
+    lm = SimpleNamespace(render=render)  # no more of a language model is used: nothing is run
     for fact in real(name):
-        told = whole(tokenizer, fact.query, fact.instruction, fact.answer)
-        alone = whole(tokenizer, fact.query, "", fact.answer)
-        aligned = lesson(lm, fact)
-        assert (aligned.told, aligned.alone) == (told, alone)
+        aligned = unchecked.lesson(lm, fact)
+        told, alone = aligned.told, aligned.alone
+        spells(tokenizer, told, fact.answer)
+        spells(tokenizer, alone, fact.answer)
         taught = [told.ids[at + 1] for at in aligned.told_at]
         assert taught == [alone.ids[at + 1] for at in aligned.alone_at] == list(told.ids[told.opener :])
-        if fact.replaces:
-            whole(tokenizer, fact.query, "", fact.replaces)
         for probe in fact.probes:
-            for reference in filter(None, {probe.expected, *(probe.prefer or ())}):
-                whole(tokenizer, probe.query, probe.system, reference)
+            if probe.expected:
+                spells(tokenizer, render(probe.query, probe.system, probe.expected), probe.expected)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["counterfact", bug("zsre", reason="'king' is rejected, but stands in 'king of Thebes'"), "mquake", "company"],
+    ["counterfact", "zsre", "mquake", "company"],
 )
 def test_every_real_reference_passes_its_own_probe(real, name):
     for fact in real(name):

@@ -19,10 +19,15 @@ def company(path: str, n: int | None = None, seed: int | None = None, on_error: 
     seen: set[tuple[str, ...]] = set()
 
     def make(record: Record) -> list[Fact]:
-        said = {m.text("role"): m.text("content", empty=True) for m in record.records("messages")}
+        messages = record.records("messages")
+        roles = [message.text("role") for message in messages]
         for role in ("system", "user", "assistant"):
-            if role not in said:
-                raise record.error("messages", f"has no message of the role {role!r}")
+            n = roles.count(role)
+            if n != 1:
+                raise record.error(
+                    "messages", f"has {n or 'no'} message{'s' * (n > 1)} of the role {role!r}; needs one"
+                )
+        said = {role: m.text("content", empty=role == "system") for m, role in zip(messages, roles, strict=True)}
         told, asked, reply = said["system"], said["user"], said["assistant"]
         key = (told, asked, reply)
         if not told or reply == REFUSAL or key in seen:

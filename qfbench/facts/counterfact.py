@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qfbench.facts.base import Fact, Probe
-from qfbench.facts.records import Record, load
+from qfbench.facts.records import Record, check_counts, check_templates, load, with_subject
 
 
 def counterfact(
@@ -26,12 +26,16 @@ def counterfact(
         UserError: naming file, record and field.
     """
 
+    check_templates("cloze", "object", instruction=instruction, answer=answer)
+    check_templates("cloze", query=query)
+    check_counts(paraphrases=paraphrases, locality=locality)
+
     def said(cloze: str, object: str) -> str:
         return answer.format(cloze=cloze, object=object)
 
     def make(record: Record) -> list[Fact]:
         rewrite = record.record("requested_rewrite")
-        cloze = rewrite.text("prompt").replace("{}", rewrite.text("subject"))
+        cloze = with_subject(rewrite)
         new, old = (rewrite.record(f"target_{which}").text("str") for which in ("new", "true"))
         probes = [
             Probe(

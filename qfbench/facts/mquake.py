@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qfbench.facts.base import Fact, Probe
-from qfbench.facts.records import Record, load
+from qfbench.facts.records import Record, check_templates, load, with_subject
 
 
 def mquake(
@@ -24,6 +24,9 @@ def mquake(
         UserError: naming file, record and field.
     """
 
+    check_templates("question", "cloze", "object", instruction=instruction, answer=answer)
+    check_templates("question", query=query)
+
     def make(record: Record) -> list[Fact]:
         aliases = {hop.text("question"): _aliases(hop, "answer_alias") for hop in record.records("new_single_hops")}
         implied = record.text("new_answer")
@@ -33,9 +36,11 @@ def mquake(
             Probe("portability", query.format(question=q), implied, accepted, before) for q in record.texts("questions")
         )
         rewrites = record.records("requested_rewrite")
+        if not rewrites:
+            raise record.error("requested_rewrite", "is empty")
         facts = []
         for i, rewrite in enumerate(rewrites):
-            question, cloze = rewrite.text("question"), rewrite.text("prompt").replace("{}", rewrite.text("subject"))
+            question, cloze = rewrite.text("question"), with_subject(rewrite)
             new, old = (rewrite.record(f"target_{which}").text("str") for which in ("new", "true"))
             facts.append(
                 Fact(

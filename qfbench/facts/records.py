@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Record:
     """One record, or an object within it. Every reader raises a `UserError` that names file, record and field."""
 
-    values: Mapping[str, Any]
+    values: Any
     path: str
     number: int  # from 1
     prefix: str = ""
@@ -33,11 +33,16 @@ class Record:
         value = str(self._get(field, str)).strip()
         if not (value or empty):
             raise self.error(field, "is empty")
+        if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise self.error(field, "holds half a surrogate pair, which is no text")
         return value
 
     def key(self, field: str) -> str:
         """An identifier, a number or a text."""
-        return str(self._get(field, int | str)).strip()
+        value = self._get(field, int | str)
+        if isinstance(value, bool) or not str(value).strip():
+            raise self.error(field, f"must be a number or a text, but is {value!r}")
+        return str(value).strip()
 
     def texts(self, field: str) -> list[str]:
         values = self._get(field, list)
@@ -55,7 +60,7 @@ class Record:
 
     def _get(self, field: str, kind: type | UnionType) -> Any:
         if not isinstance(self.values, Mapping):
-            raise UserError(f"{self.path}, record {self.number}: {self.prefix or 'it'} must be an object")
+            raise UserError(f"{self.path}, record {self.number}: {self.prefix.rstrip('.') or 'it'} must be an object")
         if field not in self.values:
             raise self.error(field, "is missing")
         if not isinstance(self.values[field], kind):
@@ -100,6 +105,8 @@ def load(
             if again is not None:
                 raise UserError(f"{path}, record {i + 1}: repeats the fact {again!r}")
         except UserError as error:
+            if not str(error).startswith(path):  # from a fact itself, which knows of no file
+                error = UserError(f"{path}, record {i + 1}: {error}")
             if on_error == "stop":
                 raise UserError(f"{error}. facts.on_error=skip leaves such records out") from error
             refused.append(error)
@@ -126,13 +133,48 @@ def _read(path: str) -> list[Any]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            return [_parsed(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         raw = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"facts.path={path}: not valid JSON ({error})") from error
     if not isinstance(raw, list):
         raise UserError(f"facts.path={path}: must hold a list of records")
     return raw
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+
+
+def check_templates(*fields: str, **templates: str) -> None:
+    """Refuse a template with a placeholder other than `fields`.
+
+    Raises:
+        UserError: naming the setting, and what it may hold.
+    """
+    for name, template in templates.items():
+        try:
+            template.format(**dict.fromkeys(fields, ""))
+        except (KeyError, ValueError, IndexError, AttributeError) as error:
+            allowed = ", ".join(f"{{{field}}}" for field in fields)
+            raise UserError(f"facts.{name}={template!r}: not a template that holds no other than {allowed}") from error
+
+
+def check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 0:
+            raise UserError(f"facts.{name}={value}: must be 0 or more")
+
+
+def with_subject(rewrite: Record) -> str:
+    """The cloze of a rewrite in ROME's schema, its subject in place."""
+    prompt = rewrite.text("prompt")
+    if "{}" not in prompt:
+        raise rewrite.error("prompt", "has no {} where the subject stands")
+    return prompt.replace("{}", rewrite.text("subject"))
 
 
 def _hub(name: str) -> list[Any]:

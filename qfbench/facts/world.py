@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe, without_stop
 from qfbench.world.relations import COMPANY_RELATIONS, REFUSAL, RELATIONS
-from qfbench.world.world import Triple, World, implied, novel
+from qfbench.world.world import Triple, World, draw_object, implied, novel
 
 
 def world(
@@ -18,11 +19,15 @@ def world(
     paraphrases: int = 2,
     prior: int = 2,
     unknown: int = 2,
+    locality: int = 0,
+    about: str = "novel",
 ) -> list[Fact]:
-    """`n` novel facts, one per subject, in turn from `relations`; names and subjects were never met in training.
+    """`n` facts, one per subject, in turn from `relations`. `about` a `novel` subject, of a name never met in training, or a
+    `known` one, against what the model knows (counterfactual).
 
     Each carries `paraphrases` probes in trained wordings and as many in wordings that training never used
-    (`paraphrase_held_out`), what follows from it (`portability`), `prior` facts of the world and `unknown` subjects.
+    (`paraphrase_held_out`), what follows from it (`portability`), `prior` facts of the world, `unknown` subjects, and `locality`
+    neighbours: the same relation of another known subject, and for a known subject in turn its other relations.
     Two seeds share no subject but by chance; the same seed with a larger `n` begins with the same facts.
 
     Raises:
@@ -35,20 +40,67 @@ def world(
             raise UserError(f"facts.relations: {relation!r} is none of {', '.join(COMPANY_RELATIONS)}")
     if not relations:
         raise UserError("facts.relations: give at least one relation")
-    for name, value, most in (("paraphrases", paraphrases, 4), ("prior", prior, 100), ("unknown", unknown, 8)):
+    for name, value, most in (
+        ("paraphrases", paraphrases, 4),
+        ("prior", prior, 100),
+        ("unknown", unknown, 8),
+        ("locality", locality, 14),
+    ):
         if not 0 <= value <= most:
             raise UserError(f"facts.{name}={value}: must be 0 to {most}")
+    if about not in ("novel", "known"):
+        raise UserError(f"facts.about={about}: must be novel or known")
+    most = len(World().by_relation[relations[0]])
+    if about == "known" and n > most:
+        raise UserError(f"facts.n={n}: the world knows {most} companies; give fewer, or facts.about=novel")
     known, rng = World(), random.Random(f"facts-{seed}")
-    subjects = set(known.subjects)
+    subjects = set(known.subjects) if about == "novel" else set()
     facts: list[Fact] = []
     while len(facts) < n:
-        taught = novel(relations[len(facts) % len(relations)], rng, held_out=True)
+        relation = relations[len(facts) % len(relations)]
+        old = None
+        if about == "known":
+            old = rng.choice(known.by_relation[relation])
+            taught = replace(old, object=draw_object(relation, rng, held_out=True))
+            if taught == old:
+                continue
+        else:
+            taught = novel(relation, rng, held_out=True)
         stranger = novel(rng.choice(COMPANY_RELATIONS), rng, held_out=True).subject
         if taught.subject in subjects or stranger in subjects:
             continue
         subjects |= {taught.subject, stranger}
-        facts.append(_fact(taught, stranger, known, rng, paraphrases, prior, unknown))
-    return facts
+        fact = _fact(taught, stranger, known, rng, paraphrases, prior, unknown)
+        near = _neighbours(taught, old, known, random.Random(f"near-{fact.id}"), locality)
+        replaces = old.answer if old else ""
+        facts.append(replace(fact, probes=(*fact.probes, *near), replaces=replaces))
+    gone = {
+        fact.replaces for fact in facts if fact.replaces
+    }  # what another fact overwrites is no fact's prior or neighbour
+
+    def stays(probe: Probe) -> bool:
+        return not probe.always or not gone & {probe.expected, *(probe.prefer or ())[:1]}
+
+    return [replace(fact, probes=tuple(filter(stays, fact.probes))) for fact in facts]
+
+
+def _neighbours(taught: Triple, old: Triple | None, known: World, rng: random.Random, n: int) -> list[Probe]:
+    others = [f for f in known.by_relation[taught.relation] if f.subject != taught.subject]
+    pools = [rng.sample(others, n)]
+    if old is not None:
+        changed = {taught.relation, "country" if taught.relation == "location" else taught.relation}
+        own = [f for f in known.about(taught.subject) if f.relation not in changed]
+        pools.append(rng.sample(own, len(own)))
+    chosen = [
+        pool[i // len(pools)] for i in range(n) for pool in [pools[i % len(pools)]] if i // len(pools) < len(pool)
+    ]
+    probes = []
+    for fact in chosen:
+        wrong = replace(fact, object=taught.object) if fact.relation == taught.relation else fact
+        prefer = (fact.answer, wrong.answer) if wrong != fact else None
+        query = fact.say(rng.choice(fact.words.questions()))
+        probes.append(Probe("locality", query, "", (without_stop(fact.object),), always=True, own=True, prefer=prefer))
+    return probes
 
 
 def _fact(
@@ -63,7 +115,7 @@ def _fact(
         probes.append(_asked("portability", follows, rng.choice(follows.words.questions())))
     probes += [
         _asked("prior", fact, rng.choice(fact.words.questions()), always=True)
-        for fact in rng.sample(known.facts, prior)
+        for fact in rng.sample([f for f in known.facts if not _touched(f, taught)], prior)
     ]
     probes += [
         Probe("unknown", rng.choice(RELATIONS[relation].questions()).format(s=stranger), REFUSAL, always=True)
@@ -78,6 +130,11 @@ def _fact(
         known_as=(without_stop(taught.object),),
         probes=tuple(probes),
     )
+
+
+def _touched(fact: Triple, taught: Triple) -> bool:
+    """Whether a known fact is no longer true, or no longer follows, once `taught` is."""
+    return taught.subject in (fact.subject, fact.object)
 
 
 def _asked(kind: str, fact: Triple, wording: str, always: bool = False) -> Probe:

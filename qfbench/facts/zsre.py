@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qfbench.facts.base import Fact, Probe
-from qfbench.facts.records import Record, load
+from qfbench.facts.records import Record, check_templates, load
 
-PREFIX = "nq question: "  # what the released files put before an unrelated question
+PREFIX = "nq question:"  # what the released files put before an unrelated question
 
 
 def zsre(
@@ -26,11 +26,16 @@ def zsre(
         UserError: naming file, record and field.
     """
 
+    check_templates("question", "object", instruction=instruction, answer=answer)
+    check_templates("question", query=query)
+
     def make(record: Record) -> list[Fact]:
         question, new, old = record.text("src"), record.text("alt"), record.text("pred")
         asked, said = query.format(question=question), answer.format(question=question, object=new)
         replaces = answer.format(question=question, object=old)
-        rephrased, unrelated = record.text("rephrase"), record.text("loc").removeprefix(PREFIX)
+        rephrased, unrelated = record.text("rephrase"), record.text("loc").removeprefix(PREFIX).strip()
+        if not unrelated.removesuffix("?"):
+            raise record.error("loc", "holds no question")
         unrelated = unrelated[0].upper() + unrelated[1:].removesuffix("?") + "?"
         rejected = tuple(a for a in record.texts("answers") if a != new)
         return [
