@@ -41,18 +41,22 @@ class LowRank:
 
     def top(self) -> float:
         """The largest singular value, from the factors where that is cheaper."""
+        return torch.linalg.matrix_norm(self._core(), 2).item()
+
+    def _core(self) -> Tensor:
+        """A matrix with the singular values of this one, in float64, as small as the factors allow."""
         if self.right is None:
-            return torch.linalg.matrix_norm(self.left, 2).item()
-        small = torch.linalg.qr(self.left.double()).R @ torch.linalg.qr(self.right.T.double()).R.T
-        return torch.linalg.matrix_norm(small, 2).item()
+            return self.left.double()
+        return torch.linalg.qr(self.left.double()).R @ torch.linalg.qr(self.right.T.double()).R.T
 
     def placebo(self, seed: int) -> LowRank:
         """A random matrix of the same shape, rank and Frobenius norm."""
         generator = torch.Generator().manual_seed(seed)
-        factors = (self.left,) if self.right is None else (self.left, self.right)
-        drawn = LowRank(*(torch.randn(f.shape, generator=generator, dtype=f.dtype).to(f.device) for f in factors))
-        scale = self.norm() / drawn.norm() if drawn.norm() else 0.0
-        return LowRank(drawn.left * scale, drawn.right)
+        rows, cols = self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+        rank = max(1, int(torch.linalg.matrix_rank(self._core())))
+        factors = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((rows, rank), (rank, cols)))
+        drawn = LowRank(*(factor.to(self.left.device, self.left.dtype) for factor in factors))
+        return LowRank(drawn.left * (self.norm() / drawn.norm()), drawn.right)
 
     def __add__(self, other: LowRank) -> LowRank:
         """Factors are put side by side until the product would be wider than the matrix is; then it is dense."""

@@ -78,10 +78,10 @@ def half_life(matrix: pd.DataFrame) -> float:
     The mean of R[n, k] over all n − k = l, for each l at which any fact was asked.
     """
     own_step = pd.Series(matrix.notna().idxmax(), dtype=float)
-    long = matrix.stack().rename("value").reset_index()
+    long = matrix.stack().dropna().rename("value").reset_index()
     later = long["step"] - long["fact_id"].map(own_step)
     survival = long.groupby(later.to_numpy()).value.mean().sort_index()
-    halved = survival[survival < 0.5 * survival.iloc[0]]
+    halved = survival[(survival <= 0.5 * survival.iloc[0]) & (survival.iloc[0] > 0)]
     return float(halved.index[0]) if len(halved) else float("nan")
 
 
@@ -94,6 +94,9 @@ def over_sequence(rows: pd.DataFrame) -> pd.DataFrame:
     """
     out = []
     for key, matrix in matrices(rows).items():
+        full = matrix[matrix.notna().sum(axis=1) == matrix.index]  # the checkpoints
+        if full.empty:
+            continue
         who = dict(zip(SEQUENCE, key, strict=True))
         own = rows[(rows.condition == "edited") & (rows.kind == "prior")]
         for name, value in who.items():
@@ -104,8 +107,8 @@ def over_sequence(rows: pd.DataFrame) -> pd.DataFrame:
         measures = {
             "edits": int(matrix.index[-1]),
             "immediate": float(np.mean(right_after)),
-            "final": float(matrix.iloc[-1].mean()),
-            "forgetting": average_forgetting(matrix),
+            "final": float(full.iloc[-1].mean()),
+            "forgetting": average_forgetting(matrix.loc[: full.index[-1]]),
             "half_life": half_life(matrix),
             "first": float(first[first == 1].index.max()) if (first == 1).any() else 0.0,
             "collapse": float(fallen.index[0]) if len(fallen) else float("nan"),
@@ -140,7 +143,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         edited = own[own.condition.isin(["edited", "placebo"])]
         for (regime, condition), group in edited.groupby(["regime", "condition"], sort=False):
             accumulates = (group.taught == group.step).all()
-            last = group[group.step == group.step.max()] if accumulates else group
+            last = _last(group) if accumulates else group
             kept = shares(last, "edit")["edit"] if accumulates else float("nan")
             fresh = _fresh(group[group.fresh.astype(bool)]) if condition == "edited" else {}
             line = {"regime": regime if condition == "edited" else "placebo", "of": regime}
@@ -173,6 +176,13 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
         both = line["efficacy"] + line["prior"]
         out.append(line | {"balance": 2 * line["efficacy"] * line["prior"] / both if both else 0.0})
     return pd.DataFrame(out).dropna(axis=1, how="all")
+
+
+def _last(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each order, the rows of its last checkpoint."""
+    asked = rows[rows.checkpoint.astype(bool)]
+    order = asked.order.fillna(0) if "order" in asked else pd.Series(0, index=asked.index)
+    return asked[asked.step == asked.step.groupby(order).transform("max")]
 
 
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:

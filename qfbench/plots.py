@@ -34,7 +34,8 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         colour, line, marker = STYLES.get(name, OTHER)
         kept.plot(curve.step, curve["mean"], color=colour, ls=line, marker=marker, ms=3.5, label=label)
         kept.fill_between(curve.step, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
-        own = rows[(rows.model == model) & (rows.editor == editor) & (rows.regime == regime) & (rows.kind == "prior")]
+        own = rows[(rows.model == model) & (rows.editor == editor) & (rows.regime == regime)]
+        own = own[(own.condition == "edited") & (own.kind == "prior")]
         known = own.groupby("step").generated.mean()
         prior.plot(known.index, known, color=colour, ls=line, marker=marker, ms=3.5, label=label)
     kept.set(title="taught facts still answered", ylabel="share of replies (generated)")

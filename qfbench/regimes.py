@@ -16,6 +16,11 @@ Taught = Iterator[tuple[Sequence[Fact], WeightDelta]]
 Regime = Callable[[Editor, LanguageModel, Sequence[Fact]], Taught]
 
 
+def accumulates(regime: Regime) -> bool:
+    """Whether each change holds all before it."""
+    return getattr(regime, "func", regime) is not single
+
+
 def single(editor: Editor, lm: LanguageModel, facts: Sequence[Fact]) -> Taught:
     """Each fact alone, from the unedited model; nothing accumulates."""
     for fact in facts:

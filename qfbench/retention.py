@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -17,7 +18,7 @@ from qfbench.facts.base import Fact, Probe, stands_in
 from qfbench.metrics import forgetting, matrices, over_sequence, summary
 from qfbench.plots import forgetting_curves, retention_matrices
 from qfbench.probes import ask
-from qfbench.regimes import Regime
+from qfbench.regimes import Regime, accumulates
 from qfbench.run import Run
 
 HIDDEN = ("of", "held_out", "preferred", "locality_gold", "locality_preferred", "norm")  # in the CSV only
@@ -29,6 +30,7 @@ def retention(
     regimes: Mapping[str, Regime],
     every: int | None = 1,
     orders: int = 1,
+    at_most: int | None = None,
     placebo: bool = True,
     stop_on_collapse: bool = False,
     beside: Mapping[str, Mapping[str, Any]] | None = None,
@@ -39,6 +41,8 @@ def retention(
     unknown subjects at the checkpoints: at every `every`-th edit and after the last (None: see `checkpoints`).
 
     Args:
+        at_most: how many probes of each kind that do not depend on what is taught (prior knowledge, neighbours, unknown
+            subjects) to ask at a checkpoint: the first of each kind; None asks all.
         orders: how many orders of the facts to teach: as given, then permutations seeded 1, 2 ...
         placebo: ask everything once more after the last edit, under a random change of the same rank and norm.
         stop_on_collapse: end a regime once prior knowledge has fallen under half.
@@ -47,9 +51,10 @@ def retention(
     if orders < 1:
         raise UserError(f"task.retention.orders={orders}: must be 1 or more")
     entrants = [(run, regimes)]
-    entrants += [(run.elsewhere(e["model"], e["editor"]), e["regimes"]) for e in (beside or {}).values()]
+    entrants += [(run.elsewhere(e["model"], e["editor"], name), e["regimes"]) for name, e in (beside or {}).items()]
     for entrant, its_regimes in entrants:
         facts, always = baseline(entrant)
+        always = [pair for n, pair in _numbered(always) if at_most is None or n < at_most]
         at = checkpoints(len(facts), every)
         with run.progress(len(facts) * len(its_regimes) * orders) as advance:
             for order, name in product(range(orders), its_regimes):
@@ -87,6 +92,14 @@ def checkpoints(n: int, every: int | None, dense: int = 50, ratio: float = 1.2) 
     while (step := step * ratio) < n:
         steps.add(round(step))
     return steps | {n}
+
+
+def _numbered(asked: Asked) -> Iterator[tuple[int, tuple[Fact, Probe]]]:
+    """Each probe with its number among those of its kind, from 0."""
+    seen: Counter[str] = Counter()
+    for fact, probe in asked:
+        yield seen[probe.kind], (fact, probe)
+        seen[probe.kind] += 1
 
 
 def in_order(facts: Sequence[Fact], order: int) -> list[Fact]:
@@ -141,7 +154,7 @@ def teach(
     `about` are columns of every row, and part of the name of the file that the change is saved in.
     """
     editor, about = run.editor, {"layer": run.editor.site.layer} | dict(about or {})
-    done, taught, total, collapsed = 0, facts[:0], WeightDelta(), False
+    done, taught, total, collapsed, sequence = 0, facts[:0], WeightDelta(), False, accumulates(regime)
     try:
         for taught, total in regime(editor, run.lm, facts):
             step = done + 1
@@ -150,21 +163,22 @@ def teach(
                 run.store.flush()
             done = step
             advance(f"{name}: edit {done}")
-            if kept < 0.5 and len(taught) == step and not collapsed:
+            if kept < 0.5 and sequence and not collapsed:
                 collapsed = True
                 run.warn(f"{name}: collapse after {step} edits: prior knowledge at {kept:.2f}")
                 if stop_on_collapse:
                     break
-        if placebo and done and len(taught) == done:
-            check(run, name, about, done, taught, total.placebo(seed=0), always, True, True, condition="placebo")
+        if placebo and done and sequence:
+            other, last = total.placebo(seed=1000 * about.get("order", 0)), done == len(facts)
+            check(run, name, about, done, taught, other, always, True, last, condition="placebo")
             run.store.flush()
     except Unsupported as error:
         run.log({"condition": "unsupported", "regime": name, "reply": str(error)} | about)
         run.warn(f"{name}: {error}")
     except FloatingPointError as error:
         raise FloatingPointError(f"{name}, after {done} edits: {error}") from error
-    if done and len(taught) == done:
-        run.save(total, "-".join([type(editor).__name__, name, *(f"{key}{value}" for key, value in about.items())]))
+    if done and sequence:
+        run.save(total, "-".join([run.editor_name, name, *(f"{key}{value}" for key, value in about.items())]))
 
 
 def check(

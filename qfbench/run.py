@@ -60,14 +60,24 @@ class Run:
     store: ParquetStore
     console: Console
     task: str = ""
+    label: str = ""
+
+    @property
+    def editor_name(self) -> str:
+        return self.label or type(self.editor).__name__
 
     @property
     def title(self) -> str:
-        return f"{self.lm.name}, {type(self.editor).__name__} at layer {self.editor.site.layer}"
+        return f"{self.lm.name}, {self.editor_name} at layer {self.editor.site.layer}"
 
-    def elsewhere(self, model: Mapping[str, Any], editor: Editor) -> Run:
-        """The same run with another model and editor; rows and files go where this one's go."""
+    def elsewhere(self, model: Mapping[str, Any], editor: Editor, name: str = "") -> Run:
+        """The same run with another model and editor; rows and files go where this one's go.
+
+        Where both are called as this run's own are (another layer, say), `name` is added to the editor's.
+        """
         there = replace(self, lm=load(model), editor=editor)
+        if (there.lm.name, there.editor_name) == (self.lm.name, self.editor_name):
+            there.label = f"{there.editor_name} {name}"
         path = self.folder / "provenance.json"
         known = json.loads(path.read_text())
         known.setdefault("models_beside", {})[there.lm.name] = there.lm.weights_hash()
@@ -76,7 +86,7 @@ class Run:
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
         same = {"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task}
-        self.store.log(same | {"model": self.lm.name, "editor": type(self.editor).__name__} | more | dict(row))
+        self.store.log(same | {"model": self.lm.name, "editor": self.editor_name} | more | dict(row))
 
     def rows(self, task: str = "") -> pd.DataFrame:
         """The rows of a task, by default of the one that is running."""

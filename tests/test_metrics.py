@@ -313,15 +313,14 @@ def test_average_forgetting_is_the_loss_since_the_best():
 
 LOST = [[1, None, None, None], [1, 1, None, None], [0, 1, 1, None], [0, 0, 0, 1]]  # lags 0 to 3: 1, 2/3, 0, 0
 SPARSE = [[1, None, None, None], [None, 1, None, None], [1, 1, 1, None], [0, 0, 1, 1]]  # lags 0 to 3: 1, 1, 1/2, 0
-NAN_KEPT = pytest.mark.xfail(strict=True, reason="half_life is NaN for every matrix with pandas 3: its stack keeps NaN")
 
 
 @pytest.mark.parametrize(
     ("table", "edits"),
     [
-        pytest.param(LOST, 2, marks=NAN_KEPT),
-        pytest.param([[1, None, None], [0, 1, None], [0, 0, 1]], 1, marks=NAN_KEPT),
-        pytest.param(TABLE, 1, marks=NAN_KEPT),  # right after: 3 of 4; one edit later: 0 of 2
+        pytest.param(LOST, 2),
+        pytest.param([[1, None, None], [0, 1, None], [0, 0, 1]], 1),
+        pytest.param(TABLE, 1),  # right after: 3 of 4; one edit later: 0 of 2
         ([[1, None, None], [1, 1, None], [1, 1, 1]], np.nan),
         ([[0, None, None], [0, 0, None], [0, 0, 0]], np.nan),  # nothing to be halved
     ],
@@ -331,7 +330,6 @@ def test_half_life_by_hand(table, edits):
     assert found == pytest.approx(edits, nan_ok=True)
 
 
-@pytest.mark.xfail(strict=True, reason="half is not yet `half as often`; and NaN with pandas 3")
 def test_what_is_answered_exactly_half_as_often_has_halved():
     assert half_life(square(SPARSE, "abcd")) == 2
 
@@ -352,7 +350,6 @@ def test_the_measures_of_a_sequence_by_hand():
     }
 
 
-@NAN_KEPT
 def test_the_half_life_of_a_sequence_by_hand():
     assert list(over_sequence(sequence()).half_life) == [1.0]
 
@@ -408,7 +405,6 @@ def test_sequences_without_edits_have_no_line():
     assert over_sequence(sequence(condition="in_context")).empty
 
 
-@pytest.mark.xfail(strict=True, reason="where an editor gave up between checkpoints, only the newest fact is counted")
 def test_a_sequence_that_ended_between_checkpoints_is_measured_at_its_last_one():
     (line,) = over_sequence(sequence([[0], [None, 1]], "ab")).to_dict("records")
     assert line["final"] != 1  # the first fact is not known, and was last seen so
@@ -471,7 +467,6 @@ def test_a_placebo_stands_below_its_regime_and_mixes_with_nothing():
     assert list(forgetting(rows)["mean"]) == [1.0, 0.5, 1.0, 1.0]
 
 
-@pytest.mark.xfail(strict=True, reason="only the orders that lasted longest are counted: those that collapsed are not")
 def test_an_order_that_ended_early_counts_in_the_summary():
     lost = ROWS[ROWS.step == 1].assign(order=1, generated=False)
     (line,) = summary(pd.concat([ROWS.assign(order=0), lost])).to_dict("records")

@@ -297,7 +297,6 @@ def test_a_placebo_has_no_curve():
     assert drawn(kept) == drawn(forgetting_curves(forgetting(RETAINED), RETAINED).axes[0])
 
 
-@pytest.mark.xfail(strict=True, reason="the panel of prior knowledge averages the edit and its placebo")
 def test_a_placebo_is_no_part_of_the_curve_of_prior_knowledge():
     placebo = rows("sequential", 4, "prior", True, True, True, True, condition="placebo")
     frame = pd.concat([RETAINED, placebo])
