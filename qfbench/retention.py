@@ -77,7 +77,7 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
     if len(sequences):
         by = ["model", "editor", "regime"]
         mean = sequences.drop(columns="order").groupby(by, sort=False, as_index=False).mean()
-        run.table(sequences, "", name="sequences", printed=mean.drop(columns=same))
+        run.table(sequences, "", name="sequences", printed=mean.drop(columns=[*same, "edits"]))
         run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
         run.figure(retention_matrices(matrices(rows)), "retention_matrix")
 
