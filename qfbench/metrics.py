@@ -194,9 +194,8 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     out = []
     for regime, own in edited.groupby("regime", sort=False):
         tokens = own.groupby("step").solve_tokens.first()
-        keys = (
-            tokens if regime == "joint" else tokens.cumsum()
-        )  # `joint` solves for all keys at once, the others for the newest
+        # `joint` solves for all keys at once, the others for those of the newest fact.
+        keys = tokens if regime == "joint" else tokens.cumsum()
         for step, group in own[own.checkpoint.astype(bool)].groupby("step"):
             line = {"regime": regime, "facts": int(step), "keys": int(keys[step])} | shares(group, "edit", "prior")
             out.append(line | {"residual": group.solve_residual.iloc[0], "norm": group.relative_norm.iloc[0]})

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,17 +31,12 @@ from qfbench.editors import Editor
 from qfbench.errors import UserError
 from qfbench.facts import Fact
 from qfbench.lm import LanguageModel
+from qfbench.provenance import provenance
 from qfbench.tracking import ParquetStore
 
 PACKAGE = Path(__file__).parent
-LOADED = (
-    "device",
-    "dtype",
-    "batch_size",
-    "max_new_tokens",
-    "firing",
-    "plain",
-)  # of a model's settings: how it is loaded
+# Of a model's settings, those that say how it is loaded.
+LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain")
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel, or repository
 
 
@@ -175,7 +166,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     run = Run(lm, editor, facts, folder, ParquetStore(folder), console)
-    (folder / "provenance.json").write_text(json.dumps(provenance(cfg, run), indent=2) + "\n")
+    (folder / "provenance.json").write_text(json.dumps(provenance(cfg.seed, lm, facts), indent=2) + "\n")
     try:
         for run.task, task in build(cfg, "task").items():
             task(run)
@@ -229,52 +220,11 @@ def build(cfg: DictConfig, group: str) -> Any:
         raise UserError(f"{group}: {error.__cause__ or error}") from error
 
 
-def provenance(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """What one needs to know to trust, repeat or compare a run."""
-    packages = ("qfbench", "torch", "transformers", "tokenizers", "hydra-core", "pandas")
-    suite = json.dumps([repr((f, f.probes)) for f in run.facts])
-    return {
-        "command": sys.argv[1:],
-        "seed": cfg.seed,
-        "device": str(run.lm.device),
-        "device_name": torch.cuda.get_device_name(run.lm.device)
-        if run.lm.device.type == "cuda"
-        else platform.machine(),
-        "dtype": str(run.lm.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "model": run.lm.name,
-        "model_hash": run.lm.weights_hash(),
-        "suite_hash": hashlib.sha256(suite.encode()).hexdigest()[:16],
-        "facts": [f.id for f in run.facts],
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "git_commit": _commit(),
-    }
-
-
 def _cell(column: object, value: object) -> str:
     """A table's cell: shares with two decimals, rates as they were given."""
     if not isinstance(value, float):
         return str(value)
     return "" if value != value else f"{value:g}" if column == "lr" else f"{value:.2f}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that qfbench runs from; None for an installed package."""
-    if CONF.parent == PACKAGE:
-        return None
-    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

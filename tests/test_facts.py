@@ -230,3 +230,35 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no fact"):
         table(tmp_path / "empty.jsonl")
+
+
+def test_facts_about_known_companies_contradict_the_world_and_have_neighbours():
+    facts = world(16, seed=2, about="known", locality=4)
+    known = {f.answer: f for f in World().facts}
+    overwritten = {f.replaces for f in facts}
+    assert len({f.answer for f in facts}) == len(overwritten) == 16
+    for fact in facts:
+        assert fact.replaces in known
+        assert fact.answer not in known
+        assert fact.edit.prefer == (fact.answer, fact.replaces)
+        near = [p for p in fact.probes if p.kind == "locality"]
+        assert near
+        assert all(p.own and p.always and not p.expected and p.accept for p in near)
+        assert not overwritten & {p.expected for p in fact.probes if p.kind == "prior"}
+        assert not overwritten & {p.prefer[0] for p in near if p.prefer}
+        subject = known[fact.replaces].subject
+        assert any(subject in p.query for p in near)  # its other relations
+        assert any(p.prefer and subject not in p.query for p in near)  # the same relation of others
+
+
+def test_neighbours_leave_the_rest_of_a_suite_as_it_is():
+    plain, near = world(5, seed=1), world(5, seed=1, locality=3)
+    assert [f.probes for f in plain] == [tuple(p for p in f.probes if p.kind != "locality") for f in near]
+    assert all(sum(p.kind == "locality" for p in f.probes) == 3 for f in near)
+    assert not any(p.kind == "locality" for f in plain for p in f.probes)
+
+
+@pytest.mark.parametrize("change", [{"about": "all"}, {"locality": 15}, {"about": "known", "n": 201}])
+def test_a_suite_of_the_world_that_cannot_be_made_is_refused(change):
+    with pytest.raises(UserError, match=f"facts.{list(change)[-1]}="):
+        world(**({"n": 4} | change))

@@ -16,9 +16,10 @@ from qfbench.facts.world import world
 from qfbench.lm import Reply, Score
 from qfbench.metrics import forgetting, matrices, summary
 from qfbench.probes import ask
+from qfbench.provenance import provenance
 from qfbench.regimes import joint, protected, sequential, single
 from qfbench.retention import baseline, checkpoints, in_order, retention, teach
-from qfbench.run import Run, contents, execute, provenance
+from qfbench.run import Run, contents, execute
 from qfbench.tracking import ParquetStore
 
 REFUSAL = "Need more information."
@@ -246,7 +247,7 @@ def test_the_last_rows_are_what_the_saved_change_gives(tmp_path):
 
 
 def provenance_of(run):
-    return provenance(OmegaConf.create({"seed": 0}), run)
+    return provenance(0, run.lm, run.facts)
 
 
 def test_suite_hash_and_model_hash_name_the_facts_and_the_weights(tmp_path):

@@ -74,9 +74,8 @@ def world(
         near = _neighbours(taught, old, known, random.Random(f"near-{fact.id}"), locality)
         replaces = old.answer if old else ""
         facts.append(replace(fact, probes=(*fact.probes, *near), replaces=replaces))
-    gone = {
-        fact.replaces for fact in facts if fact.replaces
-    }  # what another fact overwrites is no fact's prior or neighbour
+    # What another fact overwrites is no fact's prior or neighbour.
+    gone = {fact.replaces for fact in facts if fact.replaces}
 
     def stays(probe: Probe) -> bool:
         return not probe.always or not gone & {probe.expected, *(probe.prefer or ())[:1]}
