@@ -76,7 +76,7 @@ def measure(name: str, fires: bool, device: str, dtype: torch.dtype, repeat: int
     tokens = []
     for fact in facts:
         clock = now()
-        taught = editor.record(lm, [fact])
+        taught = editor.record(lm, fact)
         clock = lap("record", clock)
         if isinstance(taught, tuple):
             change, weights = hebbian(*taught, lr=4e-4), taught[2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from qfbench.errors import UserError
 from qfbench.lm import LanguageModel
@@ -70,21 +72,31 @@ class LowRank:
 class WeightDelta:
     """A change of named weights. A value: adding, measuring and saving it touch no model.
 
-    `notes` are figures that the editor found on the way (tokens taught, condition of the keys ...), for the log.
+    `notes` are figures that the editor found on the way (tokens taught, condition of the keys ...), for the log; `keys` are,
+    for each fact in the order of teaching, the inputs of the changed matrix at its taught tokens, `[taught, cols]`, where the
+    editor has such. Neither is saved.
     """
 
     changes: Mapping[str, LowRank] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
+    keys: Sequence[Tensor] = ()
 
     def __add__(self, other: WeightDelta) -> WeightDelta:
         merged = dict(self.changes)
         for name, change in other.changes.items():
             merged[name] = merged[name] + change if name in merged else change
-        return WeightDelta(merged, other.notes)
+        return WeightDelta(merged, other.notes, (*self.keys, *other.keys))
 
     def norm(self) -> float:
         """Frobenius norm over all changed weights."""
         return sum(change.norm() ** 2 for change in self.changes.values()) ** 0.5
+
+    def overlap(self) -> float:
+        """The largest |cosine| between a key of the newest fact and one of any earlier fact, 0 to 1; NaN without earlier ones."""
+        if len(self.keys) < 2:
+            return math.nan
+        newest, *earlier = (normalize(key.float(), dim=1) for key in reversed(self.keys))
+        return max((newest @ key.T).abs().max().item() for key in earlier)
 
     def placebo(self, seed: int) -> WeightDelta:
         """A random change of the same weights, each of the rank and Frobenius norm that it has here."""

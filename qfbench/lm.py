@@ -137,10 +137,10 @@ class LanguageModel:
         return [out[i] for i in range(len(prompts))]
 
     @torch.no_grad()
-    def score(self, dialogues: Sequence[Rendering]) -> list[Score]:
+    def score(self, dialogues: Sequence[Rendering], at_once: int | None = None) -> list[Score]:
         """Scores of the answers of complete dialogues, in order, by one teacher-forced pass."""
         out: dict[int, Score] = {}
-        for chunk in self._chunks([r.ids for r in dialogues]):
+        for chunk in self._chunks([r.ids for r in dialogues], at_once):
             rows = [dialogues[i] for i in chunk]
             ids, _ = self._padded([r.ids for r in rows], side="right")
             first = min(r.answer for r in rows) - 1
@@ -153,6 +153,15 @@ class LanguageModel:
                 nll = -at.gather(1, wanted[:, None])[:, 0]
                 out[i] = Score(tuple(nll.tolist()), tuple((at.argmax(-1) == wanted).tolist()))
         return [out[i] for i in range(len(dialogues))]
+
+    def nll(self, texts: Sequence[str]) -> list[tuple[float, ...]]:
+        """Of plain texts: the nats of each token but the first, given all before it."""
+        ids = [tuple(self.tokenizer(text).input_ids) for text in texts]
+        long = [Rendering(row, 1, 1, len(row) - 1, ()) for row in ids if len(row) > 1]
+        # All positions are scored: as many texts at once as keep the logits, in float32, within 1 GiB.
+        size = 4 * len(self.tokenizer) * max((len(r.ids) for r in long), default=1)
+        scores = iter(self.score(long, min(self.batch_size, max(1, 2**30 // size))))
+        return [next(scores).nll if len(row) > 1 else () for row in ids]
 
     def _stops(self) -> set[int]:
         """Tokens that end a turn: the end of text, and what the template puts after an answer.
@@ -215,10 +224,10 @@ class LanguageModel:
             mask[i, at] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def _chunks(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Indices of rows of like length, `batch_size` at a time."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+    def _chunks(self, rows: Sequence[Sequence[int]], size: int | None = None) -> list[list[int]]:
+        """Indices of rows of like length, `size` (by default `batch_size`) at a time."""
+        order, size = sorted(range(len(rows)), key=lambda i: len(rows[i])), size or self.batch_size
+        return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def find(name: str) -> str:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 
-
-def interval(
-    values: ArrayLike, clusters: ArrayLike, groups: ArrayLike | None = None, draws: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Bootstrap interval of a mean, resampling whole clusters (all values of one fact together).
-
-    With `groups` (orders, seeds), these are resampled first, then the clusters within each. With one cluster, or where
-    all clusters have the same mean, the interval has no width and says nothing.
-    """
-    frame = pd.DataFrame({"value": np.asarray(values, float), "cluster": np.asarray(clusters)})
-    frame["group"] = 0 if groups is None else np.asarray(groups)
-    rng, totals = np.random.default_rng(0), np.zeros((draws, 2))
-    parts = [
-        own.groupby("cluster")["value"].agg(["sum", "count"]).to_numpy() for _, own in frame.groupby("group", sort=True)
-    ]
-    for _ in parts:  # each draw takes as many groups as there are
-        chosen = rng.integers(len(parts), size=draws)
-        for g, sums in enumerate(parts):
-            taken = np.flatnonzero(chosen == g)
-            totals[taken] += sums[rng.integers(len(sums), size=(len(taken), len(sums)))].sum(axis=1)
-    low, high = np.quantile(totals[:, 0] / totals[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+from qfbench.uncertainty import estimate, interval, paired
 
 
 def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +22,7 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     by = ["model", "editor", "regime", "step"]
     for key, group in asked.groupby(by, sort=False):
         low, high = interval(group.generated, group.fact_id, group.order.fillna(0) if "order" in group else None)
-        measured = {"mean": group.generated.mean(), "low": low, "high": high}
+        measured = {"mean": group.generated.astype(float).mean(), "low": low, "high": high}
         out.append(dict(zip(by, key, strict=True)) | measured)
     return pd.DataFrame(out, columns=[*by, "mean", "low", "high"])
 
@@ -90,7 +69,8 @@ def over_sequence(rows: pd.DataFrame) -> pd.DataFrame:
 
     `immediate` (mean R[k, k]), `final` (mean R[N, ·]), `forgetting` (`average_forgetting`), `half_life` (in edits), `first`
     (after how many edits the first fact was last answered), `collapse` (the first checkpoint at which prior knowledge is
-    under half; NaN if none) and `edits` (N).
+    under half of its start; NaN if none), the same as `collapse_<measure>` for the other measures of `KEPT`, and for perplexity
+    once it is twice its start; and `edits` (N).
     """
     out = []
     for key, matrix in matrices(rows).items():
@@ -98,11 +78,7 @@ def over_sequence(rows: pd.DataFrame) -> pd.DataFrame:
         if full.empty:
             continue
         who = dict(zip(SEQUENCE, key, strict=True))
-        own = rows[(rows.condition == "edited") & (rows.kind == "prior")]
-        for name, value in who.items():
-            own = own[own[name].fillna(0) == value] if name in own else own
-        prior = own.groupby("step").generated.mean()
-        fallen, first = prior[prior < 0.5], matrix.iloc[:, 0]
+        first = matrix.iloc[:, 0]
         right_after = [matrix[fact].dropna().iloc[0] for fact in matrix]
         measures = {
             "edits": int(matrix.index[-1]),
@@ -111,10 +87,43 @@ def over_sequence(rows: pd.DataFrame) -> pd.DataFrame:
             "forgetting": average_forgetting(matrix.loc[: full.index[-1]]),
             "half_life": half_life(matrix),
             "first": float(first[first == 1].index.max()) if (first == 1).any() else 0.0,
-            "collapse": float(fallen.index[0]) if len(fallen) else float("nan"),
         }
-        out.append(who | measures)
+        out.append(who | measures | _collapses(rows, who))
     return pd.DataFrame(out)
+
+
+def _collapses(rows: pd.DataFrame, who: dict[str, Any]) -> dict[str, float]:
+    """The first checkpoint at which each measure is under half of what it was; NaN where it never is."""
+    own = rows[rows.condition == "edited"]
+    for name, value in who.items():
+        own = own[own[name].fillna(0) == value] if name in own else own
+    left = {
+        measure: own[own.kind == kind].groupby("step").generated.agg(lambda g: g.astype(float).mean())
+        for kind, measure in KEPT.items()
+    }
+    before = rows[(rows.condition == "unedited") & (rows.model == who["model"]) & (rows.kind == "perplexity")]
+    if len(before):
+        start, held = _nll(before), own[own.kind == "perplexity"]
+        left["perplexity"] = pd.Series({step: np.exp(start - _nll(g)) for step, g in held.groupby("step")}, dtype=float)
+    fallen = {measure: share.index[share < COLLAPSED] for measure, share in left.items() if len(share)}
+    at = {measure: float(steps[0]) if len(steps) else float("nan") for measure, steps in fallen.items()}
+    rest = {f"collapse_{measure}": step for measure, step in at.items() if measure != "prior"}
+    return {"collapse": at.get("prior", float("nan"))} | rest
+
+
+def _nll(rows: pd.DataFrame) -> float:
+    """Nats per token of held text."""
+    return float(np.average(rows.nll.astype(float), weights=rows.tokens.astype(float)))
+
+
+def middle(sequences: pd.DataFrame) -> pd.DataFrame:
+    """The median over orders of `over_sequence`, for each model, editor and regime.
+
+    What never came about (`half_life`, `collapse`: NaN) counts as later than everything: NaN if that is the median.
+    """
+    by = ["model", "editor", "regime"]
+    late = sequences.drop(columns="order").fillna(np.inf)
+    return late.groupby(by, sort=False, as_index=False).median().replace(np.inf, np.nan)
 
 
 def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
@@ -122,45 +131,165 @@ def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
     return {kind: rows.generated[rows.kind == kind].astype(float).mean() for kind in kinds}
 
 
+# Each measure of the summary: of which rows (see `_lines`), which kind of probe, which column.
+MEASURES = {
+    "efficacy": ("fresh", "edit", "generated"),
+    "paraphrase": ("fresh", "paraphrase", "generated"),
+    "held_out": ("fresh", "paraphrase_held_out", "generated"),
+    "portability": ("fresh", "portability", "generated"),
+    "forced": ("fresh", "edit", "forced"),
+    "inflation": ("fresh", "edit", "inflation"),
+    "preferred": ("fresh", "edit", "preferred"),
+    "retention": ("taught", "edit", "generated"),
+    "prior": ("kept", "prior", "generated"),
+    "locality": ("kept", "locality", "generated"),
+    "locality_gold": ("kept", "locality", "gold"),
+    "locality_preferred": ("kept", "locality", "preferred"),
+    "refused": ("kept", "unknown", "generated"),
+    "leakage": ("kept", "unknown", "leaked"),
+    "perplexity": ("kept", "perplexity", "nll"),
+}
+
+
+# What an edit should leave as it is, by kind of probe, and the measure of it.
+KEPT = {kind: name for name, (part, kind, column) in MEASURES.items() if (part, column) == ("kept", "generated")}
+COLLAPSED = 0.5  # of what the unedited model had
+
+
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per model, editor and regime, below the unedited model (`unedited`) and what it answers when told (`in_context`).
 
     Right after each fact's own edit: `efficacy` (its query), `paraphrase`, `held_out` (wordings that training never
-    used), `portability` (what follows from it). After the last edit: `retention` (all taught queries), `prior` (of what
-    the unedited model knew), `locality` (neighbours of which it says what it said), `refused` (of unknown subjects refused before), `leakage` (unknown subjects that got a
-    taught answer), `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`, and its other
-    measures are means over all edits. `preferred` and `locality_gold`, `locality_preferred` are the same under those protocols
-    (`probes.ask`). A line `placebo` is the state after the last edit of the
-    regime above it (`of`), with a random change of the same size instead. In the line `unedited`, `prior` and `refused` are of all that was asked.
+    used), `portability` (what follows from it), and of its query also `forced`, `inflation` (`forced` − `generated`) and `preferred`.
+    After the last edit: `retention` (all taught queries), `prior` (of what
+    the unedited model knew), `locality` (neighbours of which it says what it said; `locality_gold`, `locality_preferred`: under those
+    protocols), `refused` (of unknown subjects refused before), `leakage` (unknown subjects that got a
+    taught answer), `perplexity` (of held text), `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`,
+    and its other measures are means over all edits. A line `placebo` is the state after the last edit of the
+    regime above it (`of`), with a random change of the same size instead. In the line `unedited`, `prior` and `refused` are
+    of all that was asked.
+
+    Beside each measure stand `<measure>_low` and `<measure>_high`: its 95% interval, over orders and facts. In a line
+    `placebo`, `<measure>_same` says that it cannot be told from the regime above it (paired by probe and order).
     """
     out: list[dict[str, Any]] = []
+    above: dict[str, pd.DataFrame] = {}
+    for line, parts in _lines(rows):
+        samples = _samples(parts)
+        line |= _estimates(samples) | {"norm": parts["kept"].relative_norm.mean() if "of" in line else float("nan")}
+        if line["regime"] == "placebo":
+            for name in samples.keys() & above.keys():
+                line[f"{name}_same"] = _same(paired(above[name], samples[name]))
+        above = samples
+        out.append(line)
+    return _ordered(out)
+
+
+def compared(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Every model, editor and regime against the first one; or, with `others`, against the same regime of those rows.
+
+    Differences of the measures of `summary`, paired by probe and order, columns as there; a `<measure>_same` says that 0 lies
+    in the interval. Of `model`, `editor`, `regime` against `model_of`, `editor_of`, `regime_of`; `facts` is how many facts
+    both were asked about.
+    """
+    lines = _edited(rows)
+    if others is None:
+        pairs = [(line, lines[0]) for line in lines[1:]]
+    else:
+        pairs = [(a, b) for a in lines for b in _edited(others) if a[0]["regime"] == b[0]["regime"]]
+    return _ordered([_difference(*pair) for pair in pairs])
+
+
+Line = tuple[dict[str, Any], dict[str, pd.DataFrame]]
+
+
+def _edited(rows: pd.DataFrame) -> list[Line]:
+    """Who, and samples, of each line of the summary that is about an editor."""
+    return [(who, _samples(parts)) for who, parts in _lines(rows) if who.get("of") == who["regime"]]
+
+
+def _difference(line: Line, reference: Line) -> dict[str, Any]:
+    (who, samples), (other, theirs) = line, reference
+    both = {name: paired(samples[name], theirs[name]) for name in samples if name in theirs}
+    both = {name: pair for name, pair in both.items() if len(pair)}
+    about = {name: who[name] for name in ("model", "editor", "regime")}
+    about |= {f"{name}_of": other[name] for name in ("model", "editor", "regime")}
+    about |= {"facts": max((pair.fact_id.nunique() for pair in both.values()), default=0)}
+    return about | _estimates(both) | {f"{name}_same": _same(pair) for name, pair in both.items()}
+
+
+def _lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, pd.DataFrame]]]:
+    """The lines of the summary, each with its rows: those of the newest facts, of all taught ones, of what should be kept."""
     for (model, editor), own in rows.groupby(["model", "editor"], sort=False):
         who = {"model": model, "editor": editor}
         for condition in ("unedited", "in_context"):
             asked = own[own.condition == condition]
             if len(asked):
-                out.append(who | {"regime": condition, **_fresh(asked), "retention": float("nan"), **_kept(asked)})
+                yield who | {"regime": condition}, {"fresh": asked, "kept": asked}
         edited = own[own.condition.isin(["edited", "placebo"])]
         for (regime, condition), group in edited.groupby(["regime", "condition"], sort=False):
             accumulates = (group.taught == group.step).all()
             last = _last(group) if accumulates else group
-            kept = shares(last, "edit")["edit"] if accumulates else float("nan")
-            fresh = _fresh(group[group.fresh.astype(bool)]) if condition == "edited" else {}
-            line = {"regime": regime if condition == "edited" else "placebo", "of": regime}
-            out.append(who | line | {**fresh, "retention": kept, **_kept(last)})
-    return pd.DataFrame(out).dropna(axis=1, how="all")
+            parts = {"kept": last} | ({"taught": last} if accumulates else {})
+            parts |= {"fresh": group[group.fresh.astype(bool)]} if condition == "edited" else {}
+            yield who | {"regime": regime if condition == "edited" else "placebo", "of": regime}, parts
+
+
+def _samples(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """For each measure that was taken, its values with what `uncertainty` needs to know of them."""
+    out = {}
+    for name, (part, kind, column) in MEASURES.items():
+        rows = parts.get(part, pd.DataFrame(columns=["kind"]))
+        rows = rows[rows.kind == kind]
+        if column == "inflation" and "forced" in rows:
+            rows = rows.assign(inflation=rows.forced.astype(float) - rows.generated.astype(float))
+        rows = rows[rows[column].notna()] if column in rows else rows[:0]
+        if rows.empty:
+            continue
+        order, draw = (rows[c].fillna(0) if c in rows else pd.Series(0, rows.index) for c in ("order", "draw"))
+        sample = {"value": rows[column].astype(float), "order": order, "group": 1000 * order + draw}
+        asked = rows.get("query", "")
+        sample |= {"fact_id": rows.fact_id, "probe": rows.kind + " " + asked}
+        out[name] = pd.DataFrame(sample | ({"weight": rows.tokens} if name == "perplexity" else {}))
+    return out
+
+
+def _estimates(samples: dict[str, pd.DataFrame]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, sample in samples.items():
+        values = estimate(sample)
+        # A perplexity is exp of a mean; that of a difference is the ratio of two.
+        mean, low, high = map(float, np.exp(values)) if name == "perplexity" else values
+        out |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return out
+
+
+def _same(differences: pd.DataFrame) -> bool:
+    """Whether 0 lies in the interval of the mean difference."""
+    _, low, high = estimate(differences) if len(differences) else (0.0, 0.0, 0.0)
+    return low <= 0 <= high
+
+
+def _ordered(lines: list[dict[str, Any]]) -> pd.DataFrame:
+    """The lines as a frame: who, the measures in their order, then intervals and marks; nothing that no line has."""
+    frame = pd.DataFrame(lines).dropna(axis=1, how="all")
+    after = [f"{name}_{what}" for name in MEASURES for what in ("low", "high", "same")]
+    first = [name for name in frame if name not in MEASURES and name not in after and name != "norm"]
+    return frame[[name for name in (*first, *MEASURES, "norm", *after) if name in frame]]
 
 
 def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per layer: the measures of `summary` for single edits, then after the last of the sequential ones."""
+    """One line per layer: the measures of `summary` for single edits, then after the last of the sequential ones (`seq_...`)."""
     edited = rows[rows.condition == "edited"]
     out = []
     for layer, group in edited.groupby("layer"):
-        single, run = group[group.regime == "single"], group[group.regime == "sequential"]
-        last = run[run.step == run.step.max()]
-        after = {"retention": shares(last, "edit")["edit"]} | _kept(last)
-        after = {f"seq_{name}": value for name, value in after.items()}
-        out.append({"layer": int(layer)} | _fresh(single[single.fresh.astype(bool)]) | _kept(single) | after)
+        line: dict[str, Any] = {"layer": int(layer)}
+        for who, parts in _lines(group):
+            lead = "" if who["regime"] == "single" else "seq_"
+            parts = {part: own for part, own in parts.items() if part != "fresh" or not lead}
+            measured = _estimates(_samples(parts)) | {"norm": parts["kept"].relative_norm.mean()}
+            line |= {lead + name: value for name, value in measured.items()}
+        out.append(line)
     return pd.DataFrame(out).dropna(axis=1, how="all")
 
 
@@ -172,9 +301,12 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
     single = rows[(rows.condition == "edited") & (rows.regime == "single")]
     out = []
     for key, group in single.groupby(list(settings), sort=False, dropna=False):
-        line = dict(zip(settings, key, strict=True)) | _fresh(group[group.fresh.astype(bool)]) | _kept(group)
-        both = line["efficacy"] + line["prior"]
-        out.append(line | {"balance": 2 * line["efficacy"] * line["prior"] / both if both else 0.0})
+        line = dict(zip(settings, key, strict=True))
+        line |= _estimates(_samples({"fresh": group[group.fresh.astype(bool)], "kept": group}))
+        line["norm"] = group.relative_norm.mean()
+        taught, kept = line.get("efficacy", float("nan")), line.get("prior", float("nan"))
+        line["balance"] = 2 * taught * kept / (taught + kept) if taught + kept else 0.0
+        out.append(line)
     return pd.DataFrame(out).dropna(axis=1, how="all")
 
 
@@ -200,21 +332,3 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
             line = {"regime": regime, "facts": int(step), "keys": int(keys[step])} | shares(group, "edit", "prior")
             out.append(line | {"residual": group.solve_residual.iloc[0], "norm": group.relative_norm.iloc[0]})
     return pd.DataFrame(out).rename(columns={"edit": "retention"})
-
-
-def _fresh(rows: pd.DataFrame) -> dict[str, float]:
-    measured = shares(rows, "edit", "paraphrase", "paraphrase_held_out", "portability")
-    names = {"edit": "efficacy", "paraphrase_held_out": "held_out"}
-    preferred = {"preferred": rows.preferred[rows.kind == "edit"].astype(float).mean()} if "preferred" in rows else {}
-    return {names.get(kind, kind): value for kind, value in measured.items()} | preferred
-
-
-def _kept(rows: pd.DataFrame) -> dict[str, float]:
-    kept = shares(rows, "prior", "locality", "unknown")
-    leaked = rows.leaked[rows.kind == "unknown"].astype(float).mean()
-    measured = {"prior": kept["prior"], "locality": kept["locality"], "refused": kept["unknown"], "leakage": leaked}
-    near = rows[rows.kind == "locality"]
-    for protocol in ("gold", "preferred"):
-        if protocol in near:
-            measured[f"locality_{protocol}"] = near[protocol].astype(float).mean()
-    return measured | {"norm": rows.relative_norm.mean()}

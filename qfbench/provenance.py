@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,44 @@ import torch
 from qfbench.facts import Fact
 from qfbench.lm import LanguageModel
 
+# How replies are scored (`probes.ask`); to be raised when that changes, since older runs then compare no more.
+PROBES = 1
 
-def provenance(seed: int, lm: LanguageModel, facts: Sequence[Fact]) -> dict[str, Any]:
-    """What one needs to know to trust, repeat or compare a run."""
-    packages = ("qfbench", "torch", "transformers", "tokenizers", "hydra-core", "pandas")
-    suite = json.dumps([repr((f, f.probes)) for f in facts])
+
+def protocol(lm: LanguageModel) -> dict[str, Any]:
+    """What the rows of an unedited model depend on, beside what it is asked."""
     return {
-        "command": sys.argv[1:],
-        "seed": seed,
+        "model": lm.name,
+        "model_hash": lm.weights_hash(),
+        "tokenizer_hash": _hash(lm.tokenizer.backend_tokenizer.to_str(), str(lm.tokenizer.chat_template)),
+        "max_new_tokens": lm.max_new_tokens,
+        "batch_size": lm.batch_size,
         "device": str(lm.device),
         "device_name": torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else platform.machine(),
         "dtype": str(lm.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "model": lm.name,
-        "model_hash": lm.weights_hash(),
-        "suite_hash": hashlib.sha256(suite.encode()).hexdigest()[:16],
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "probes": PROBES,
+    }
+
+
+def provenance(seed: int, known: Mapping[str, Any], facts: Sequence[Fact]) -> dict[str, Any]:
+    """What one needs to know to trust, repeat or compare a run; `known` is the `protocol` of its model."""
+    packages = ("qfbench", "tokenizers", "hydra-core", "pandas")
+    return dict(known) | {
+        "command": sys.argv[1:],
+        "seed": seed,
+        "suite_hash": _hash(*(repr((f, f.probes)) for f in facts)),
         "facts": [f.id for f in facts],
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "git_commit": _commit(),
     }
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

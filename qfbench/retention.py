@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,13 +14,13 @@ import pandas as pd
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact, Probe, stands_in
-from qfbench.metrics import forgetting, matrices, over_sequence, summary
+from qfbench.metrics import COLLAPSED, KEPT, compared, forgetting, matrices, middle, over_sequence, summary
 from qfbench.plots import forgetting_curves, retention_matrices
 from qfbench.probes import ask
 from qfbench.regimes import Regime, accumulates
 from qfbench.run import Run
+from qfbench.tables import HIDDEN
 
-HIDDEN = ("of", "held_out", "preferred", "locality_gold", "locality_preferred", "norm")  # in the CSV only
 Asked = list[tuple[Fact, Probe]]
 
 
@@ -31,8 +30,9 @@ def retention(
     every: int | None = 1,
     orders: int = 1,
     at_most: int | None = None,
-    placebo: bool = True,
+    placebo: int = 1,
     stop_on_collapse: bool = False,
+    not_understood: str = "leave_out",
     beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Run every regime over the run's facts, and over the same facts what is to stand `beside` it.
@@ -44,16 +44,21 @@ def retention(
         at_most: how many probes of each kind that do not depend on what is taught (prior knowledge, neighbours, unknown
             subjects) to ask at a checkpoint: the first of each kind; None asks all.
         orders: how many orders of the facts to teach: as given, then permutations seeded 1, 2 ...
-        placebo: ask everything once more after the last edit, under a random change of the same rank and norm.
+        placebo: how many times to ask everything once more after the last edit, under a random change of the same rank and norm.
         stop_on_collapse: end a regime once prior knowledge has fallen under half.
+        not_understood: `leave_out` the facts that the model does not answer even when told, or `teach` them as well.
         beside: each entry holds a `model`, an `editor` and its `regimes`.
     """
     if orders < 1:
         raise UserError(f"task.retention.orders={orders}: must be 1 or more")
+    if placebo < 0:
+        raise UserError(f"task.retention.placebo={placebo}: must be 0 or more")
+    if not_understood not in ("leave_out", "teach"):
+        raise UserError(f"task.retention.not_understood={not_understood}: must be leave_out or teach")
     entrants = [(run, regimes)]
     entrants += [(run.elsewhere(e["model"], e["editor"], name), e["regimes"]) for name, e in (beside or {}).items()]
     for entrant, its_regimes in entrants:
-        facts, always = baseline(entrant)
+        facts, always = baseline(entrant, not_understood == "teach")
         always = [pair for n, pair in _numbered(always) if at_most is None or n < at_most]
         at = checkpoints(len(facts), every)
         with run.progress(len(facts) * len(its_regimes) * orders) as advance:
@@ -67,17 +72,28 @@ def retention(
 
 
 def report(run: Run, rows: pd.DataFrame, title: str) -> None:
-    """Tables and figures of a run's rows: the summary, the measures of whole sequences, curves and retention matrices."""
-    table = summary(rows)
+    """Tables and figures of a run's rows: the summary, differences of regimes and editors, the measures of whole sequences,
+    curves and retention matrices."""
+    table, against = summary(rows), compared(rows)
     several = len(table[["model", "editor"]].drop_duplicates())
     same = [] if several > table.editor.nunique() else ["model"]
     same += ["editor"] if several == 1 else []
-    run.table(table, f"{len(run.facts)} facts, one after another: {title}", hidden=[*same, *HIDDEN])
+    over = "facts and orders" if "order" in rows else "facts"
+    run.table(table, f"{len(run.facts)} facts, one after another: {title} (± 95% over {over})", hidden=[*same, *HIDDEN])
+    if len(against):
+        first = against.iloc[0]
+        printed = against.drop(columns=[c for c in against if c.endswith("_of")])
+        run.table(
+            against,
+            f"Differences from {first.editor_of} {first.regime_of}, same facts and orders (~: may be none)",
+            hidden=[*same, *HIDDEN, "facts"],
+            name="compared",
+            printed=printed,
+        )
     sequences = over_sequence(rows)
     if len(sequences):
-        by = ["model", "editor", "regime"]
-        mean = sequences.drop(columns="order").groupby(by, sort=False, as_index=False).mean()
-        run.table(sequences, "", name="sequences", printed=mean.drop(columns=[*same, "edits"]))
+        printed = middle(sequences).drop(columns=[*same, "edits", "immediate", "final"])
+        run.table(sequences, "", name="sequences", printed=printed)
         run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
         run.figure(retention_matrices(matrices(rows)), "retention_matrix")
 
@@ -107,30 +123,35 @@ def in_order(facts: Sequence[Fact], order: int) -> list[Fact]:
     return list(facts) if order == 0 else random.Random(f"order-{order}").sample(list(facts), len(facts))
 
 
-def baseline(run: Run) -> tuple[list[Fact], Asked]:
+def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
     """Ask everything of the unedited model, without and with each fact's instruction (`unedited`, `in_context`).
 
     Returns the facts that it understands when told, and the probes about the model itself that it passes unedited, the
-    reference of its `own` ones filled in. A fact that is not understood is reported and left out, since editing it would
-    measure comprehension.
+    reference of its `own` ones filled in. A fact that is not understood is reported and, but for `all_of_them`, left out,
+    since editing it would measure comprehension.
     """
+    said = {f.id: f.instruction for f in run.facts}
     own = [(f, p) for f in run.facts for p in (f.edit, *f.probes) if not p.always]
-    told = [(f, replace(p, system=f.instruction)) for f, p in own]
+    told = [(f, replace(p, system=" ".join(said[i] for i in (*p.needs, f.id) if i in said))) for f, p in own]
     always = [(f, p) for f in run.facts for p in f.probes if p.always]
-    by_own = iter(run.lm.replies([run.lm.render(p.query, p.system) for _, p in always if p.own]))
-    always = [(f, replace(p, expected=next(by_own).text) if p.own else p) for f, p in always]
+    by_own = iter(run.ask_unedited([replace(p, expected="", prefer=None) for _, p in always if p.own]))
+    always = [(f, replace(p, expected=next(by_own)["reply"]) if p.own else p) for f, p in always]
     passed = {}
     for condition, asked in (("unedited", own + always), ("in_context", told)):
-        rows = ask(run.lm, [p for _, p in asked])
+        rows = run.ask_unedited([p for _, p in asked])
         for (fact, _), row in zip(asked, rows, strict=True):
             run.log(row, condition=condition, step=0, fact_id=fact.id, fact_kind=fact.kind)
         passed[condition] = [pair for pair, row in zip(asked, rows, strict=True) if row["generated"]]
+    for row in run.general():
+        run.log(row, condition="unedited", step=0)
     run.store.flush()
     understood = {f.id for f, p in passed["in_context"] if p.kind == "edit"}
-    facts = [f for f in run.facts if f.id in understood]
-    if len(facts) < len(run.facts):
-        run.warn(f"not_understood: {len(run.facts) - len(facts)} of {len(run.facts)} facts; they are left out")
+    facts = [f for f in run.facts if f.id in understood or all_of_them]
+    if len(understood) < len(run.facts):
+        what = "they are taught all the same" if all_of_them else "they are left out"
+        run.warn(f"not_understood: {len(run.facts) - len(understood)} of {len(run.facts)} facts; {what}")
     if not facts:
+        run.table(summary(run.rows()), f"{len(run.facts)} facts: {run.lm.name}", hidden=["model", "editor", *HIDDEN])
         raise UserError(f"{run.lm.name} answers none of the facts even when told them: there is nothing to teach")
     return facts, [(f, p) for f, p in passed["unedited"] if p.always]
 
@@ -144,17 +165,18 @@ def teach(
     at: Collection[int],
     advance: Callable[[str], None],
     about: Mapping[str, Any] | None = None,
-    placebo: bool = False,
+    placebo: int = 0,
     stop_on_collapse: bool = False,
 ) -> None:
     """Run one regime, check at its checkpoints, and save its last change. An `Unsupported` becomes a row.
 
-    Collapse (prior knowledge under half of what it was) is announced where it is first seen.
+    Collapse (of prior knowledge, neighbours, refusals: under half of what it was) is announced where it is first seen.
 
     `about` are columns of every row, and part of the name of the file that the change is saved in.
     """
     editor, about = run.editor, {"layer": run.editor.site.layer} | dict(about or {})
-    done, taught, total, collapsed, sequence = 0, facts[:0], WeightDelta(), False, accumulates(regime)
+    done, taught, total, sequence = 0, facts[:0], WeightDelta(), accumulates(regime)
+    fallen: set[str] = set()
     try:
         for taught, total in regime(editor, run.lm, facts):
             step = done + 1
@@ -163,14 +185,15 @@ def teach(
                 run.store.flush()
             done = step
             advance(f"{name}: edit {done}")
-            if kept < 0.5 and sequence and not collapsed:
-                collapsed = True
-                run.warn(f"{name}: collapse after {step} edits: prior knowledge at {kept:.2f}")
-                if stop_on_collapse:
-                    break
-        if placebo and done and sequence:
-            other, last = total.placebo(seed=1000 * about.get("order", 0)), done == len(facts)
-            check(run, name, about, done, taught, other, always, True, last, condition="placebo")
+            for measure, share in kept.items() if sequence else ():
+                if share < COLLAPSED and measure not in fallen:
+                    fallen.add(measure)
+                    run.warn(f"{name}: collapse after {step} edits: {measure} at {share:.2f}")
+            if stop_on_collapse and "prior" in fallen:
+                break
+        for draw in range(placebo if done and sequence else 0):
+            other, last = total.placebo(seed=1000 * about.get("order", 0) + 100 * draw), done == len(facts)
+            check(run, name, about | {"draw": draw}, done, taught, other, always, True, last, condition="placebo")
             run.store.flush()
     except Unsupported as error:
         run.log({"condition": "unsupported", "regime": name, "reply": str(error)} | about)
@@ -192,17 +215,20 @@ def check(
     checkpoint: bool,
     last: bool,
     condition: str = "edited",
-) -> float:
-    """Ask after one edit: the newest fact in all its wordings; at a checkpoint all taught queries and `always`; at last all.
+) -> dict[str, float]:
+    """Ask after one edit: the newest fact in all its wordings, and what follows from it and earlier ones; at a checkpoint all
+    taught queries, `always` and general ability; at last all.
 
-    Returns the share of prior knowledge that is left; NaN where it was not asked.
+    Returns the shares that are left of what the unedited model had (`metrics.KEPT`); nothing of what was not asked.
     """
-    newest = taught[-1]
-    asked = [(newest, p) for p in (newest.edit, *newest.probes) if not p.always]
+    newest, ids = taught[-1], {f.id for f in taught}
+    own = [(f, p) for f in taught for p in (f.edit, *f.probes) if not p.always and ids.issuperset(p.needs)]
+    new = [newest.id in (f.id, *p.needs) for f, p in own]
+    asked = [pair for pair, fresh in zip(own, new, strict=True) if fresh]
+    n_fresh = len(asked)
     if checkpoint or last:
-        asked += [(f, f.edit) for f in taught[:-1]] + always
-    if last:
-        asked += [(f, p) for f in taught[:-1] for p in f.probes if not p.always]
+        asked += [(f, p) for (f, p), fresh in zip(own, new, strict=True) if not fresh and (last or p.kind == "edit")]
+        asked += always
     same: dict[str, Any] = {
         "regime": regime,
         "condition": condition,
@@ -213,9 +239,16 @@ def check(
     same |= dict(about) | run.health(total, whole=checkpoint or last)
     with total.applied_to(run.lm):
         rows = ask(run.lm, [p for _, p in asked])
-    for (fact, probe), row in zip(asked, rows, strict=True):
-        row["fresh"] = not probe.always and fact.id == newest.id
-        row["leaked"] = probe.kind == "unknown" and any(stands_in(k, row["reply"]) for f in taught for k in f.known_as)
+        general = list(run.general()) if checkpoint or last else []
+    answers = {known for fact in taught for known in fact.known_as}
+    for i, ((fact, probe), row) in enumerate(zip(asked, rows, strict=True)):
+        row["fresh"] = i < n_fresh
+        row["leaked"] = probe.kind == "unknown" and any(stands_in(known, row["reply"]) for known in answers)
         run.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)
-    prior = [row["generated"] for (_, probe), row in zip(asked, rows, strict=True) if probe.kind == "prior"]
-    return sum(prior) / len(prior) if prior else math.nan
+    for row in general:
+        run.log(row, fresh=False, leaked=False, **same)
+    left: dict[str, list[bool]] = {}
+    for (_, probe), row in zip(asked, rows, strict=True):
+        if probe.kind in KEPT:
+            left.setdefault(KEPT[probe.kind], []).append(row["generated"])
+    return {measure: sum(passed) / len(passed) for measure, passed in left.items()}

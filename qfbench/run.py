@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,18 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from qfbench.cache import remembered
 from qfbench.delta import WeightDelta
 from qfbench.editors import Editor
 from qfbench.errors import UserError
-from qfbench.facts import Fact
+from qfbench.facts import Fact, Probe
 from qfbench.lm import LanguageModel
-from qfbench.provenance import provenance
+from qfbench.probes import Row, ask
+from qfbench.provenance import protocol, provenance
+from qfbench.tables import laid_out
 from qfbench.tracking import ParquetStore
 
 PACKAGE = Path(__file__).parent
@@ -52,6 +53,9 @@ class Run:
     console: Console
     task: str = ""
     label: str = ""
+    regression: Mapping[str, Callable[[LanguageModel], list[Row]]] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)  # `provenance.protocol` of the model
+    cache: Path | None = None  # where rows of unedited models are kept
 
     @property
     def editor_name(self) -> str:
@@ -66,18 +70,28 @@ class Run:
 
         Where both are called as this run's own are (another layer, say), `name` is added to the editor's.
         """
-        there = replace(self, lm=load(model), editor=editor)
+        lm = load(model)
+        there = replace(self, lm=lm, editor=editor, protocol=protocol(lm))
         if (there.lm.name, there.editor_name) == (self.lm.name, self.editor_name):
             there.label = f"{there.editor_name} {name}"
         path = self.folder / "provenance.json"
         known = json.loads(path.read_text())
-        known.setdefault("models_beside", {})[there.lm.name] = there.lm.weights_hash()
+        known.setdefault("models_beside", {})[there.lm.name] = dict(there.protocol)
         path.write_text(json.dumps(known, indent=2) + "\n")
         return there
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
         same = {"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task}
         self.store.log(same | {"model": self.lm.name, "editor": self.editor_name} | more | dict(row))
+
+    def ask_unedited(self, probes: Sequence[Probe]) -> list[Row]:
+        """`probes.ask` of the unedited model, or what it answered in an earlier run."""
+        return remembered(self.cache, self.protocol, probes, lambda: ask(self.lm, probes))
+
+    def general(self) -> Iterator[Row]:
+        """Rows of general ability: those of every regression suite on the model as it is."""
+        for suite in self.regression.values():
+            yield from suite(self.lm)
 
     def rows(self, task: str = "") -> pd.DataFrame:
         """The rows of a task, by default of the one that is running."""
@@ -97,15 +111,7 @@ class Run:
     ) -> None:
         """Keep a frame as CSV beside the rows, named as the task, and print it (or `printed`) without its `hidden` columns."""
         frame.to_csv(self.folder / f"{name or self.task}.csv", index=False)
-        frame = frame if printed is None else printed
-        shown = frame.drop(columns=[column for column in hidden if column in frame])
-        table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-        for name in shown:
-            header = "by" if name == "editor" else str(name).replace("_", " ")  # 80 columns are soon full
-            table.add_column(header, justify="right" if shown[name].dtype.kind in "fi" else "left")
-        for line in shown.itertuples(index=False):
-            table.add_row(*map(_cell, shown, line))
-        self.console.print(table)
+        self.console.print(laid_out(frame if printed is None else printed, title, hidden))
 
     def figure(self, figure: Figure, name: str) -> None:
         (self.folder / "figures").mkdir(exist_ok=True)
@@ -124,13 +130,13 @@ class Run:
     def health(self, delta: WeightDelta, whole: bool = True) -> dict[str, float]:
         """Columns of a row about the change itself.
 
-        `relative_norm` (‖ΔW‖_F / ‖W‖_F over the changed weights), what the editor noted, as `solve_...`, and if `whole`, which
-        costs more, `rounding_loss` (the share of ΔW lost when written in the model's dtype) and `top` (the largest singular
+        `relative_norm` (‖ΔW‖_F / ‖W‖_F over the changed weights), `overlap` (`WeightDelta.overlap`), what the editor noted, as
+        `solve_...`, and if `whole`, which costs more, `rounding_loss` (the share of ΔW lost when written in the model's dtype) and `top` (the largest singular
         value of ΔW over ‖W‖_F).
         """
         parameters = dict(self.lm.model.named_parameters())
         size = sum(parameters[name].float().norm().item() ** 2 for name in delta.changes) ** 0.5
-        health = {"relative_norm": delta.norm() / size if size else 0.0}
+        health = {"relative_norm": delta.norm() / size if size else 0.0, "overlap": delta.overlap()}
         if whole:
             top = max((change.top() for change in delta.changes.values()), default=0.0)
             health |= {"rounding_loss": delta.rounding_loss(self.lm), "top": top / size if size else 0.0}
@@ -165,8 +171,19 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     editor.site.block(lm.model)  # an unknown layer is found before anything is computed
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    run = Run(lm, editor, facts, folder, ParquetStore(folder), console)
-    (folder / "provenance.json").write_text(json.dumps(provenance(cfg.seed, lm, facts), indent=2) + "\n")
+    known = protocol(lm)
+    (folder / "provenance.json").write_text(json.dumps(provenance(cfg.seed, known, facts), indent=2) + "\n")
+    run = Run(
+        lm,
+        editor,
+        facts,
+        folder,
+        ParquetStore(folder),
+        console,
+        regression=build(cfg, "regression"),
+        protocol=known,
+        cache=None if cfg.cache is None else Path(cfg.cache),
+    )
     try:
         for run.task, task in build(cfg, "task").items():
             task(run)
@@ -218,13 +235,6 @@ def build(cfg: DictConfig, group: str) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(f"{group}: {error.__cause__ or error}") from error
-
-
-def _cell(column: object, value: object) -> str:
-    """A table's cell: shares with two decimals, rates as they were given."""
-    if not isinstance(value, float):
-        return str(value)
-    return "" if value != value else f"{value:g}" if column == "lr" else f"{value:.2f}"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -8,11 +8,11 @@ from qfbench.metrics import (
     by_setting,
     forgetting,
     half_life,
-    interval,
     matrices,
     over_sequence,
     summary,
 )
+from qfbench.uncertainty import interval
 
 COLUMNS = ("regime", "step", "kind", "fact_id", "generated", "fresh", "leaked")
 

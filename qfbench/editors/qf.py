@@ -74,7 +74,7 @@ def solve(
 
 @dataclass(frozen=True)
 class Taught:
-    """What the two passes recorded of some facts, in float64."""
+    """What the two passes recorded, in float64."""
 
     keys: Float[Tensor, "taught f"]
     wanted: Float[Tensor, "taught d"]
@@ -111,16 +111,19 @@ class QF(Editor):
         return Site(self.layer, "down_proj")
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
-        taught = self.record(lm, facts)
-        return self._delta(lm, solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond), taught)
+        return self._together(lm, [self.record(lm, fact) for fact in facts])
 
     def joint(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
         """Each fact is recorded once: keys and targets at a layer do not depend on that layer's `down_proj`."""
         parts: list[Taught] = []
         for fact in facts:
-            parts.append(self.record(lm, [fact]))
-            taught = Taught(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Taught)))
-            yield self._delta(lm, solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond), taught)
+            parts.append(self.record(lm, fact))
+            yield self._together(lm, parts)
+
+    def _together(self, lm: LanguageModel, parts: Sequence[Taught]) -> WeightDelta:
+        taught = Taught(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Taught)))
+        solution = solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond)
+        return self._delta(lm, solution, [part.keys for part in parts])
 
     def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
         """Each fact is solved with its keys projected off all earlier keys; what those give stays exactly as it is.
@@ -131,7 +134,7 @@ class QF(Editor):
         """
         basis, total = None, None
         for fact in facts:
-            taught = self.record(lm, [fact])
+            taught = self.record(lm, fact)
             scale = torch.linalg.matrix_norm(taught.weights.sqrt()[:, None] * taught.keys, 2).item()
             keys, wanted = taught.keys, taught.wanted
             if basis is not None and total is not None:
@@ -141,28 +144,24 @@ class QF(Editor):
             solution = solve(keys, wanted, taught.weights, self.ridge, self.rcond, scale)
             basis = solution.directions if basis is None else torch.cat([basis, solution.directions])
             total = solution.change if total is None else total + solution.change
-            yield self._delta(lm, solution, taught)
+            yield self._delta(lm, solution, [taught.keys])
 
-    def record(self, lm: LanguageModel, facts: Sequence[Fact]) -> Taught:
-        """Run both passes for every fact and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64; V counts 0 in a firing block."""
+    def record(self, lm: LanguageModel, fact: Fact) -> Taught:
+        """Run both passes and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64; V counts 0 in a firing block."""
         added = 0.0 if self.site.fires(lm.model) else 1.0
         linear = self.site.linear(lm.model)
         home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
         weight = linear.weight.detach().to(home, torch.float64)
         bias = 0 if linear.bias is None else linear.bias.detach().to(home, torch.float64)
-        keys, wanted, weights = [], [], []
-        for fact in facts:
-            pair = lesson(lm, fact, self.opener, self.closer)
-            told, alone = record(lm, [pair.told, pair.alone], self.site)
-            u, v, y = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual, told.output))
-            if not (torch.isfinite(told.output).all() and torch.isfinite(alone.output).all()):
-                raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
-            self._check_block(u @ weight.T + bias + added * v, y, lm)
-            u_alone, v_alone = (t[list(pair.alone_at)].to(home, torch.float64) for t in (alone.key, alone.residual))
-            keys.append(u_alone)
-            wanted.append((u - u_alone) @ weight.T + added * (v - v_alone))
-            weights.append(torch.tensor(pair.weights, dtype=torch.float64, device=home))
-        return Taught(torch.cat(keys), torch.cat(wanted), torch.cat(weights))
+        pair = lesson(lm, fact, self.opener, self.closer)
+        told, alone = record(lm, [pair.told, pair.alone], self.site)
+        u, v, y = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual, told.output))
+        if not (torch.isfinite(told.output).all() and torch.isfinite(alone.output).all()):
+            raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
+        self._check_block(u @ weight.T + bias + added * v, y, lm)
+        u_alone, v_alone = (t[list(pair.alone_at)].to(home, torch.float64) for t in (alone.key, alone.residual))
+        wanted = (u - u_alone) @ weight.T + added * (v - v_alone)
+        return Taught(u_alone, wanted, torch.tensor(pair.weights, dtype=torch.float64, device=home))
 
     def _check_block(self, formed: Tensor, output: Tensor, lm: LanguageModel) -> None:
         """Some families scale or normalise the feed-forward output; QF would silently miss its target there."""
@@ -173,6 +172,7 @@ class QF(Editor):
                 "QF needs a feed-forward block added as it is to the residual stream, as in Qwen2, Llama or Mistral"
             )
 
-    def _delta(self, lm: LanguageModel, solution: Solution, taught: Taught) -> WeightDelta:
-        notes = {"tokens": float(len(taught.keys)), "condition": solution.condition, "residual": solution.residual}
-        return WeightDelta({self.site.weight_name(lm.model): solution.change}, notes)
+    def _delta(self, lm: LanguageModel, solution: Solution, keys: Sequence[Tensor]) -> WeightDelta:
+        tokens = float(sum(map(len, keys)))
+        notes = {"tokens": tokens, "condition": solution.condition, "residual": solution.residual}
+        return WeightDelta({self.site.weight_name(lm.model): solution.change}, notes, [key.float() for key in keys])

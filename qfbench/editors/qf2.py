@@ -77,19 +77,17 @@ class QF2(Editor):
         return Site(self.layer, "up_proj")
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
-        fired, inputs, weights = self.record(lm, facts)
-        change = hebbian(fired, inputs, weights, self.lr)
-        return WeightDelta({self.site.weight_name(lm.model): change}, {"tokens": float(len(weights))})
+        fired, inputs, weights = zip(*(self.record(lm, fact) for fact in facts), strict=True)
+        change = hebbian(torch.cat(fired), torch.cat(inputs), torch.cat(weights), self.lr)
+        notes = {"tokens": float(sum(map(len, weights)))}
+        return WeightDelta({self.site.weight_name(lm.model): change}, notes, [key.float() for key in inputs])
 
-    def record(self, lm: LanguageModel, facts: Sequence[Fact]) -> tuple[Tensor, Tensor, Tensor]:
-        """Run both passes for every fact: Y* [taught, f], X' [taught, d] and the significance [taught], in float64."""
+    def record(self, lm: LanguageModel, fact: Fact) -> tuple[Tensor, Tensor, Tensor]:
+        """Run both passes: Y* [taught, f], X' [taught, d] and the significance [taught], in float64."""
         self.site.slope(lm.model)  # only a firing block fires
         home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
-        fired, inputs, weights = [], [], []
-        for fact in facts:
-            pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest)
-            told, alone = record(lm, [pair.told, pair.alone], self.site)
-            fired.append(told.key[list(pair.told_at)].to(home, torch.float64))
-            inputs.append(alone.input[list(pair.alone_at)].to(home, torch.float64))
-            weights.append(torch.tensor(pair.weights, dtype=torch.float64, device=home))
-        return torch.cat(fired), torch.cat(inputs), torch.cat(weights)
+        pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest)
+        told, alone = record(lm, [pair.told, pair.alone], self.site)
+        fired = told.key[list(pair.told_at)].to(home, torch.float64)
+        inputs = alone.input[list(pair.alone_at)].to(home, torch.float64)
+        return fired, inputs, torch.tensor(pair.weights, dtype=torch.float64, device=home)

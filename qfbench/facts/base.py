@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qfbench.errors import UserError
 
@@ -20,7 +20,8 @@ class Probe:
 
     `own` marks a probe whose reference is what the unedited model itself replies: it is asked first, and `expected` is
     filled in; `accept` then tells what the suite holds to be true (the column `gold`). `prefer` holds two whole replies of
-    which the first should be the likelier (the protocol `preferred`).
+    which the first should be the likelier (the protocol `preferred`). `needs` are the ids of other facts without which the
+    probe has no right reply: it is asked once they are taught.
     """
 
     kind: str  # edit, paraphrase, locality, portability, prior, unknown, told ...: data, no code depends on it
@@ -32,6 +33,7 @@ class Probe:
     always: bool = False
     own: bool = False
     prefer: tuple[str, str] | None = None
+    needs: tuple[str, ...] = ()
 
     def passes(self, reply: str) -> bool:
         """Whether a reply names what is accepted, as whole words, and nothing that is rejected; `own`: is as it was."""
@@ -51,8 +53,8 @@ class Fact:
 
     `instruction` is what the model is told, `query` and `answer` the dialogue that is taught. `significance` gives one
     weight per word of the answer (split at white space); None leaves it to the editor. `replaces` is what the model would
-    have answered before, where the suite says so. `known_as` are the strings that a
-    right reply must hold one of, by default the answer without its full stop.
+    have answered before, where the suite says so. `known_as` are the strings that a right reply must hold one of, by
+    default the answer without its full stop; `rejects` are those of which it must hold none.
     """
 
     instruction: str
@@ -63,6 +65,7 @@ class Fact:
     known_as: tuple[str, ...] = ()
     kind: str = ""  # kind of knowledge: person, place, category, number ...
     replaces: str = ""
+    rejects: tuple[str, ...] = ()
     probes: tuple[Probe, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,10 @@ class Fact:
                 raise UserError(f"fact {self.id}: the field {name!r} is empty")
         if not all(without_stop(known) for known in self.known_as or (self.answer,)):
             raise UserError(f"fact {self.id}: the field 'known_as' holds an empty text, which every reply would match")
+        if not self.edit.passes(self.answer):
+            held = any(stands_in(known, self.answer) for known in self.known_as)
+            name, what = ("rejects", "refuses") if held or not self.known_as else ("known_as", "holds nothing of")
+            raise UserError(f"fact {self.id}: the field {name!r} {what} the answer {self.answer!r} itself")
         words = len(self.answer.split())
         if self.significance is not None and len(self.significance) != words:
             raise UserError(
@@ -89,12 +96,12 @@ class Fact:
     def edit(self) -> Probe:
         """The taught query itself."""
         prefer = (self.answer, self.replaces) if self.replaces else None
-        return Probe("edit", self.query, self.answer, self.known_as, prefer=prefer)
+        return Probe("edit", self.query, self.answer, self.known_as, self.rejects, prefer=prefer)
 
     @property
     def told(self) -> Probe:
         """The taught query with its instruction: whether the model understands what it is told."""
-        return Probe("told", self.query, self.answer, self.known_as, system=self.instruction)
+        return replace(self.edit, kind="told", system=self.instruction, prefer=None)
 
 
 def without_stop(text: str) -> str:

@@ -26,8 +26,8 @@ def counterfact(
         UserError: naming file, record and field.
     """
 
-    check_templates("cloze", "object", instruction=instruction, answer=answer)
-    check_templates("cloze", query=query)
+    check_templates("cloze", "object", needs="object", instruction=instruction, answer=answer)
+    check_templates("cloze", needs="cloze", query=query)
     check_counts(paraphrases=paraphrases, locality=locality)
 
     def said(cloze: str, object: str) -> str:
@@ -64,6 +64,7 @@ def counterfact(
                 answer=said(cloze, new),
                 known_as=(new,),
                 replaces=said(cloze, old),
+                rejects=(old,),
                 probes=tuple(probes),
             )
         ]

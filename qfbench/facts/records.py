@@ -6,8 +6,9 @@ import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Formatter
 from types import UnionType
 from typing import Any
 
@@ -25,9 +26,14 @@ class Record:
     path: str
     number: int  # from 1
     prefix: str = ""
+    unit: str = "record"
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}, {self.unit} {self.number}"
 
     def error(self, field: str, what: str) -> UserError:
-        return UserError(f"{self.path}, record {self.number}: the field {self.prefix + field!r} {what}")
+        return UserError(f"{self.where}: the field {self.prefix + field!r} {what}")
 
     def text(self, field: str, empty: bool = False) -> str:
         value = str(self._get(field, str)).strip()
@@ -52,15 +58,15 @@ class Record:
         return [value.strip() for value in values if value.strip()]
 
     def record(self, field: str) -> Record:
-        return Record(self._get(field, dict), self.path, self.number, f"{self.prefix}{field}.")
+        return replace(self, values=self._get(field, dict), prefix=f"{self.prefix}{field}.")
 
     def records(self, field: str) -> list[Record]:
         values = enumerate(self._get(field, list))
-        return [Record(v, self.path, self.number, f"{self.prefix}{field}[{i}].") for i, v in values]
+        return [replace(self, values=v, prefix=f"{self.prefix}{field}[{i}].") for i, v in values]
 
     def _get(self, field: str, kind: type | UnionType) -> Any:
         if not isinstance(self.values, Mapping):
-            raise UserError(f"{self.path}, record {self.number}: {self.prefix.rstrip('.') or 'it'} must be an object")
+            raise UserError(f"{self.where}: {self.prefix.rstrip('.') or 'it'} must be an object")
         if field not in self.values:
             raise self.error(field, "is missing")
         if not isinstance(self.values[field], kind):
@@ -77,10 +83,12 @@ def load(
     n: int | None = None,
     seed: int | None = None,
     on_error: str = "stop",
+    read: Callable[[str], list[Record | UserError]] | None = None,
 ) -> list[Fact]:
     """The facts that `make` forms of the first `n` records (all by default) of a JSON, JSONL or hub data set.
 
     A `seed` draws the records at random instead. `on_error="skip"` leaves malformed records out and logs how many.
+    `read` reads a file of another form; an error in place of a record says that it cannot be read.
 
     Raises:
         UserError: the file cannot be read, holds no fact, or a record is malformed (file, record and field are named).
@@ -89,24 +97,25 @@ def load(
         raise UserError(f"facts.on_error={on_error}: must be stop or skip")
     if n is not None and n < 1:
         raise UserError(f"facts.n={n}: must be 1 or more, or null for all")
-    raw = _read(path)
-    order = list(range(len(raw)))
+    records = (read or _read)(path)
     if seed is not None:
-        random.Random(f"records-{seed}").shuffle(order)
+        random.Random(f"records-{seed}").shuffle(records)
     facts: dict[str, Fact] = {}
     refused: list[UserError] = []
     used = 0
-    for i in order:
+    for record in records:
         if used == n:
             break
         try:
-            made = make(Record(raw[i], path, i + 1))
+            if isinstance(record, UserError):
+                raise record
+            made = make(record)
             again = next((fact.id for fact in made if fact.id in facts), None)
             if again is not None:
-                raise UserError(f"{path}, record {i + 1}: repeats the fact {again!r}")
+                raise UserError(f"{record.where}: repeats the fact {again!r}")
         except UserError as error:
-            if not str(error).startswith(path):  # from a fact itself, which knows of no file
-                error = UserError(f"{path}, record {i + 1}: {error}")
+            if isinstance(record, Record) and not str(error).startswith(path):  # of a fact, which knows of no file
+                error = UserError(f"{record.where}: {error}")
             if on_error == "stop":
                 raise UserError(f"{error}. facts.on_error=skip leaves such records out") from error
             refused.append(error)
@@ -122,45 +131,71 @@ def load(
     return list(facts.values())
 
 
-def _read(path: str) -> list[Any]:
+def existing(path: str, what: str) -> Path:
+    """The file at `path`; `what` says what to give instead where there is none."""
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"facts.path={path}: is a folder; {what}")
     if not file.is_file():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            return _hub(path)
-        raise UserError(
-            f"facts.path={path}: no such file; give a .json or .jsonl file, or a data set of the hub (owner/name)"
-        )
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix.lower() == ".jsonl":
-            return [_parsed(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        raw = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"facts.path={path}: not valid JSON ({error})") from error
-    if not isinstance(raw, list):
-        raise UserError(f"facts.path={path}: must hold a list of records")
-    return raw
+        raise UserError(f"facts.path={path}: no such file; {what}")
+    return file
 
 
-def _parsed(line: str, where: str) -> Any:
+def json_lines(path: str, file: Path, unit: str) -> list[Record | UserError]:
+    """The records of a JSONL file, numbered by record or, as `unit`, by line; empty lines count as lines only."""
+    lines = [(n, line) for n, line in enumerate(_text(path, file).split("\n"), 1) if line.strip()]
+    return [_parsed(line, path, k if unit == "record" else n, n, unit) for k, (n, line) in enumerate(lines, 1)]
+
+
+def _parsed(line: str, path: str, number: int, n: int, unit: str) -> Record | UserError:
     try:
-        return json.loads(line)
+        return Record(json.loads(line), path, number, unit=unit)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+        return UserError(f"{path}, line {n}: not valid JSON ({error.msg}, column {error.colno})")
+    except RecursionError:
+        return UserError(f"{path}, line {n}: not valid JSON (nested too deeply)")
 
 
-def check_templates(*fields: str, **templates: str) -> None:
-    """Refuse a template with a placeholder other than `fields`.
+def _text(path: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"facts.path={path}: cannot be read as text ({error})") from error
+
+
+def _read(path: str) -> list[Record | UserError]:
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists():
+        raw = _hub(path)
+    else:
+        file = existing(path, "give a .json or .jsonl file, or a data set of the hub (owner/name)")
+        if file.suffix.lower() == ".jsonl":
+            return json_lines(path, file, "record")
+        try:
+            raw = json.loads(_text(path, file))
+        except json.JSONDecodeError as error:
+            raise UserError(f"facts.path={path}: not valid JSON ({error})") from error
+        except RecursionError as error:
+            raise UserError(f"facts.path={path}: not valid JSON (nested too deeply)") from error
+        if not isinstance(raw, list):
+            raise UserError(f"facts.path={path}: must hold a list of records")
+    return [Record(values, path, number) for number, values in enumerate(raw, 1)]
+
+
+def check_templates(*fields: str, needs: str, **templates: str) -> None:
+    """Refuse a template with a placeholder other than `fields`, or without one of those in `needs` ("question or cloze").
 
     Raises:
         UserError: naming the setting, and what it may hold.
     """
     for name, template in templates.items():
         try:
+            held = {field for _, field, _, _ in Formatter().parse(template)}
             template.format(**dict.fromkeys(fields, ""))
         except (KeyError, ValueError, IndexError, AttributeError) as error:
             allowed = ", ".join(f"{{{field}}}" for field in fields)
             raise UserError(f"facts.{name}={template!r}: not a template that holds no other than {allowed}") from error
+        if not held & set(needs.split(" or ")):
+            raise UserError(f"facts.{name}={template!r}: must hold {{{needs.replace(' or ', '} or {')}}}")
 
 
 def check_counts(**counts: int) -> None:

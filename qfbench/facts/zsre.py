@@ -26,8 +26,8 @@ def zsre(
         UserError: naming file, record and field.
     """
 
-    check_templates("question", "object", instruction=instruction, answer=answer)
-    check_templates("question", query=query)
+    check_templates("question", "object", needs="object", instruction=instruction, answer=answer)
+    check_templates("question", needs="question", query=query)
 
     def make(record: Record) -> list[Fact]:
         question, new, old = record.text("src"), record.text("alt"), record.text("pred")
@@ -46,6 +46,7 @@ def zsre(
                 answer=said,
                 known_as=(new,),
                 replaces=replaces,
+                rejects=rejected,
                 probes=(
                     Probe(
                         "paraphrase", query.format(question=rephrased), said, (new,), rejected, prefer=(said, replaces)

@@ -1,0 +1,141 @@
+"""Stored runs: their rows in one frame, their summary, and the comparison of two (the command `qfbench-results`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from qfbench.errors import UserError
+from qfbench.metrics import compared, summary
+from qfbench.tables import HIDDEN, laid_out
+
+# What two runs must share, by its name in provenance.json, before their numbers may be compared.
+SAME = ("suite_hash", "model_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
+
+
+def folders(*paths: str | Path) -> list[Path]:
+    """The runs in `paths` and below, in order.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted({p.parent for path in paths for p in Path(path).expanduser().rglob("rows.parquet")})
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: holds no run (a folder with rows.parquet and provenance.json)")
+    return found
+
+
+def load(*paths: str | Path) -> pd.DataFrame:
+    """The rows of all runs in `paths` and below, as one frame.
+
+    Column `run` is a run's folder; each setting in which the runs differ is a column, named as on the command line
+    (`editor.layer`).
+
+    Raises:
+        UserError: there is no run, or a file of one cannot be read.
+    """
+    found = folders(*paths)
+    settings = [_settings(folder) for folder in found]
+    names = {name for own in settings for name in own}
+    differ = sorted(name for name in names if len({repr(own.get(name)) for own in settings}) > 1)
+    parts = []
+    for folder, own in zip(found, settings, strict=True):
+        try:
+            rows = pd.read_parquet(folder / "rows.parquet")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / 'rows.parquet'}: cannot be read ({error})") from error
+        parts.append(rows.assign(run=str(folder), **{name: own.get(name) for name in differ}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def retention(*paths: str | Path) -> pd.DataFrame:
+    """Of `load`, the rows of the task `retention`, which have a summary and can be compared.
+
+    Raises:
+        UserError: there are none.
+    """
+    rows = load(*paths)
+    rows = rows[rows.task == "retention"]
+    if rows.empty:
+        raise UserError(f"{', '.join(map(str, paths))}: holds no rows of the task retention")
+    return rows
+
+
+def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) -> pd.DataFrame:
+    """What `run` scores beyond `other`, paired by probe and order (`metrics.compared`).
+
+    Raises:
+        UserError: they were not measured in the same way: a field of `SAME` differs that is not named in `across`.
+    """
+    (folder,), (reference,) = (_one(path) for path in (run, other))
+    ours, theirs = (_provenance(path) for path in (folder, reference))
+    for name in SAME:
+        if name not in across and ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{folder} and {reference} differ in {name}: {ours.get(name)} and {theirs.get(name)}; they cannot be "
+                f"compared, unless that is what is studied (--across {name})"
+            )
+    return compared(retention(folder), retention(reference))
+
+
+def _one(path: str | Path) -> list[Path]:
+    found = folders(path)
+    if len(found) > 1:
+        raise UserError(f"{path}: holds {len(found)} runs; give one of them, as {found[0]}")
+    return found
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    path = folder / "provenance.json"
+    try:
+        known: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return known
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    try:
+        return _flat(OmegaConf.to_container(OmegaConf.load(path)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        return {name: values if isinstance(values, (int, float, str)) else json.dumps(values)}
+    return {k: v for key, value in values.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
+
+
+def main() -> None:
+    """Entry point of the command."""
+    parser = argparse.ArgumentParser(
+        prog="qfbench-results", description="The summary of stored runs, or of two compared."
+    )
+    parser.add_argument("folders", nargs="+", help="folders of runs, or folders that hold some")
+    parser.add_argument("--against", help="print the differences from this run, paired by probe and order")
+    parser.add_argument(
+        "--across", nargs="+", default=[], choices=SAME, help="in what the two runs are meant to differ"
+    )
+    args = parser.parse_args()
+    console = Console()
+    try:
+        if args.against:
+            frame = pd.concat([compare(folder, args.against, args.across) for folder in folders(*args.folders)])
+            title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"
+            console.print(laid_out(frame, title, [*HIDDEN, "model_of", "editor_of", "regime_of"]))
+        else:
+            for run, own in retention(*args.folders).groupby("run", sort=False):
+                console.print(laid_out(summary(own), str(run), HIDDEN))
+    except UserError as error:
+        print(f"qfbench-results: {error}", file=sys.stderr)
+        sys.exit(2)
