@@ -1,14 +1,18 @@
-"""Fixtures: a small tokenizer, random tiny models of four architectures, real data where there is some."""
+"""Fixtures: a small tokenizer, random tiny models of four architectures, published suites, real data where there is some."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import get_method
+from omegaconf import OmegaConf
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from qfbench import Fact, LanguageModel
+from qfbench import Fact, LanguageModel, UserError
+from qfbench.run import CONF
 from qfbench.world.tokenizer import train_tokenizer
 
 torch.set_num_threads(2)
@@ -33,6 +38,12 @@ GEOMETRY = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 512,
+}
+REAL = {
+    "counterfact": "counterfact/counterfact_200.json",
+    "zsre": "zsre/zsre_500.json",
+    "mquake": "mquake/mquake_60.json",
+    "company": "oxinnovate/company_facts.jsonl",
 }
 
 
@@ -126,3 +137,64 @@ def facts() -> list[Fact]:
         ("Mira Olsen leads Kelpworks.", "Who is the CEO of Kelpworks?", "Mira Olsen is the CEO of Kelpworks."),
     ]
     return [Fact(*texts, id=f"fact-{n}") for n, texts in enumerate(said)]
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., str]:
+    """The path of a new file that holds the records."""
+
+    def make(records, name="records.json"):
+        path = tmp_path / name
+        if name.endswith(".jsonl"):
+            path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        else:
+            path.write_text(json.dumps(records), encoding="utf-8")
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def suite() -> Callable[..., list[Fact]]:
+    """A published suite as its YAML configures it, all records unless told otherwise: `suite("zsre", path, n=2)`."""
+
+    @cache
+    def shipped(name):
+        settings = OmegaConf.to_container(OmegaConf.load(CONF / "facts" / f"{name}.yaml"))
+        return get_method(settings.pop("_target_")), settings
+
+    def make(name, path, **settings):
+        function, defaults = shipped(name)
+        return function(**(defaults | {"path": str(path), "n": None} | settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def error_of(suite) -> Callable[..., str]:
+    """The message with which a suite refuses a file."""
+
+    def message(name, path, **settings):
+        with pytest.raises(UserError) as error:
+            suite(name, path, **settings)
+        return str(error.value)
+
+    return message
+
+
+@pytest.fixture(scope="session")
+def real(shared, suite) -> Callable[[str], list[Fact]]:
+    """All facts of a suite's real file, under the shipped templates."""
+    return cache(lambda name: suite(name, shared(REAL[name])))
+
+
+@pytest.fixture(scope="session")
+def raw(shared) -> Callable[[str], list[dict]]:
+    """The records of a suite's real file."""
+
+    def read(name):
+        path = shared(REAL[name])
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+    return read

@@ -1,0 +1,103 @@
+"""CounterFact: what a record becomes."""
+
+import pytest
+
+from qfbench import Fact, Probe, UserError
+from qfbench.facts.counterfact import counterfact
+
+CLOZE = ("Learn: {cloze} {object}.", "Fill in: {cloze} ...", "So {cloze} {object}.")
+
+
+def rewrite(n, prompt="{} flows through", new="Varnby", old="Ostrel", **more):
+    return {
+        "prompt": prompt,
+        "subject": f"River {n}",
+        "relation_id": "P9001",
+        "target_new": {"str": new, "id": "Q1"},
+        "target_true": {"str": old, "id": "Q2"},
+    } | more
+
+
+def counterfact_record(n):
+    return {
+        "case_id": 100 + n,
+        "requested_rewrite": rewrite(n),
+        "paraphrase_prompts": [f"Rain. River {n} passes", f"The town on River {n} is", f"River {n} waters"],
+        "neighborhood_prompts": [f"Brook {n}{letter} flows through" for letter in "abcdefg"],
+        "generation_prompts": ["Boats there carry"],
+        "rephrase_prompt": "must not be used",
+    }
+
+
+def test_counterfact(write):
+    (fact,) = counterfact(write([counterfact_record(1)]), *CLOZE, paraphrases=2, locality=3)
+    assert fact == Fact(
+        id="counterfact-101",
+        kind="P9001",
+        instruction="Learn: River 1 flows through Varnby.",
+        query="Fill in: River 1 flows through ...",
+        answer="So River 1 flows through Varnby.",
+        known_as=("Varnby",),
+        replaces="So River 1 flows through Ostrel.",
+        probes=(
+            *(
+                Probe(
+                    "paraphrase",
+                    f"Fill in: {cloze} ...",
+                    f"So {cloze} Varnby.",
+                    accept=("Varnby",),
+                    reject=("Ostrel",),
+                    prefer=(f"So {cloze} Varnby.", f"So {cloze} Ostrel."),
+                )
+                for cloze in ("Rain. River 1 passes", "The town on River 1 is")
+            ),
+            *(
+                Probe(
+                    "locality",
+                    f"Fill in: Brook 1{letter} flows through ...",
+                    "",
+                    accept=("Ostrel",),
+                    always=True,
+                    own=True,
+                    prefer=(f"So Brook 1{letter} flows through Ostrel.", f"So Brook 1{letter} flows through Varnby."),
+                )
+                for letter in "abc"
+            ),
+        ),
+    )
+    assert fact.edit.prefer == (fact.answer, fact.replaces)
+
+
+@pytest.mark.parametrize(("paraphrases", "locality", "kept"), [(0, 0, (0, 0)), (1, 4, (1, 4)), (9, 99, (3, 7))])
+def test_counterfact_keeps_as_many_probes_as_asked(write, paraphrases, locality, kept):
+    path = write([counterfact_record(1)])
+    (fact,) = counterfact(path, *CLOZE, paraphrases=paraphrases, locality=locality)
+    kinds = [probe.kind for probe in fact.probes]
+    assert (kinds.count("paraphrase"), kinds.count("locality")) == kept
+    assert len(kinds) == sum(kept)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "paraphrases",
+        "locality",
+    ],
+)
+def test_counterfact_refuses_a_negative_number_of_probes(write, setting):
+    with pytest.raises(UserError, match=setting):
+        counterfact(write([counterfact_record(1)]), *CLOZE, **{setting: -1})
+
+
+def test_all_of_counterfact_loads(raw, real):
+    records = raw("counterfact")
+    facts = real("counterfact")
+    assert [f.id for f in facts] == [f"counterfact-{r['case_id']}" for r in records]
+    for fact, record in zip(facts, records, strict=True):
+        wanted = record["requested_rewrite"]
+        assert fact.known_as == (wanted["target_new"]["str"].strip(),)
+        assert wanted["subject"] in fact.query
+        asked = record["paraphrase_prompts"][:2] + record["neighborhood_prompts"][:5]
+        for probe, prompt in zip(fact.probes, asked, strict=True):
+            assert prompt.strip() in probe.query
+            assert probe.kind == ("paraphrase" if prompt in asked[:2] else "locality")

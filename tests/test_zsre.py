@@ -1,0 +1,99 @@
+"""zsRE: what a record becomes."""
+
+import pytest
+
+from qfbench import Fact, Probe
+from qfbench.facts.zsre import zsre
+
+QUESTION = ("Learn: {question} {object}.", "Asked: {question}", "It is {object}.")
+
+
+def zsre_record(n):
+    return {
+        "src": f"Which town made Lamp {n}?",
+        "alt": "Varnby",
+        "pred": "Ostrel",
+        "rephrase": f"Lamp {n} was made in which town?",
+        "answers": ["Ostrel", "Ostrel Town"],
+        "loc": f"nq question: who mended kettle {n}",
+        "loc_ans": "Tilda Brask",
+    }
+
+
+def test_zsre(write):
+    (fact,) = zsre(write([zsre_record(1)]), *QUESTION)
+    assert fact == Fact(
+        id="zsre-1",
+        instruction="Learn: Which town made Lamp 1? Varnby.",
+        query="Asked: Which town made Lamp 1?",
+        answer="It is Varnby.",
+        known_as=("Varnby",),
+        replaces="It is Ostrel.",
+        probes=(
+            Probe(
+                "paraphrase",
+                "Asked: Lamp 1 was made in which town?",
+                "It is Varnby.",
+                accept=("Varnby",),
+                reject=("Ostrel", "Ostrel Town"),
+                prefer=("It is Varnby.", "It is Ostrel."),
+            ),
+            Probe(
+                "locality",
+                "Asked: Who mended kettle 1?",
+                "",
+                accept=("Tilda Brask",),
+                always=True,
+                own=True,
+            ),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("loc", "asked"),
+    [
+        ("nq question: who did it", "Who did it?"),
+        ("nq question: who did it?", "Who did it?"),
+        ("who asked an nq question: once", "Who asked an nq question: once?"),
+        ("Why did McArn go", "Why did McArn go?"),
+        ("  élan is what ", "Élan is what?"),
+    ],
+)
+def test_an_unrelated_question_of_zsre_reads_as_a_question(write, loc, asked):
+    (fact,) = zsre(write([zsre_record(1) | {"loc": loc}]), *QUESTION)
+    assert fact.probes[1].query == f"Asked: {asked}"
+
+
+@pytest.mark.parametrize(
+    ("answers", "rejected"),
+    [(["Ostrel", "Varnby"], ("Ostrel",)), (["", " "], ()), ([], ()), ([" Ostrel "], ("Ostrel",))],
+)
+def test_zsre_rejects_the_old_answers_but_never_the_new_or_the_empty_one(write, answers, rejected):
+    (fact,) = zsre(write([zsre_record(1) | {"answers": answers}]), *QUESTION)
+    assert fact.probes[0].reject == rejected
+
+
+def test_braces_in_a_record_are_text(write):
+    record = zsre_record(1) | {"src": "What is {object} in {0}?", "alt": "{question}"}
+    (fact,) = zsre(write([record]), *QUESTION)
+    assert (fact.query, fact.answer) == ("Asked: What is {object} in {0}?", "It is {question}.")
+
+
+def test_zsre_takes_the_same_question_twice(suite, write):
+    assert [f.id for f in suite("zsre", write([zsre_record(1)] * 2))] == ["zsre-1", "zsre-2"]
+
+
+def test_all_of_zsre_loads(raw, real):
+    records = raw("zsre")
+    facts = real("zsre")
+    assert [f.known_as for f in facts] == [(r["alt"].strip(),) for r in records]
+    for fact, record in zip(facts, records, strict=True):
+        paraphrase, unrelated = fact.probes
+        assert fact.query == record["src"].strip()
+        assert paraphrase.query == record["rephrase"].strip()
+        assert unrelated.accept == (record["loc_ans"].strip(),)
+        assert not unrelated.query.lower().startswith("nq question")
+        assert unrelated.query == unrelated.query[0].upper() + unrelated.query[1:]
+        assert unrelated.query.endswith("?")
+        assert unrelated.query.rstrip("?").lower() in record["loc"].lower()
