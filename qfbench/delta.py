@@ -74,7 +74,7 @@ class WeightDelta:
 
     `notes` are figures that the editor found on the way (tokens taught, condition of the keys ...), for the log; `keys` are,
     for each fact in the order of teaching, the inputs of the changed matrix at its taught tokens, `[taught, cols]`, where the
-    editor has such. Neither is saved.
+    editor has such. Notes are not saved, keys if asked.
     """
 
     changes: Mapping[str, LowRank] = field(default_factory=dict)
@@ -133,9 +133,9 @@ class WeightDelta:
             lost += (stored.double() - parameters[name].double() - wanted).norm().item() ** 2
         return lost**0.5 / self.norm() if self.norm() else 0.0
 
-    def save(self, path: str | Path) -> None:
-        """Write to one safetensors file."""
-        tensors = {}
+    def save(self, path: str | Path, keys: bool = False) -> None:
+        """Write to one safetensors file, if asked with the `keys`."""
+        tensors = {f":{i}:key": key.contiguous().cpu() for i, key in enumerate(self.keys if keys else ())}
         for name, change in self.changes.items():
             tensors[f"{name}:left"] = change.left.contiguous().cpu()
             if change.right is not None:
@@ -156,8 +156,9 @@ class WeightDelta:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read as a delta ({error})") from error
-        names = sorted({key.rsplit(":", 1)[0] for key in tensors})
-        return cls({name: LowRank(tensors[f"{name}:left"], tensors.get(f"{name}:right")) for name in names})
+        keys = [tensors.pop(f":{i}:key") for i in range(sum(name.endswith(":key") for name in tensors))]
+        names = sorted({name.rsplit(":", 1)[0] for name in tensors})
+        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
 
 
 def _sum(parameters: Mapping[str, Tensor], name: str, change: LowRank) -> Tensor:

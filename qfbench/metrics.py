@@ -97,18 +97,21 @@ def _collapses(rows: pd.DataFrame, who: dict[str, Any]) -> dict[str, float]:
     own = rows[rows.condition == "edited"]
     for name, value in who.items():
         own = own[own[name].fillna(0) == value] if name in own else own
-    left = {
-        measure: own[own.kind == kind].groupby("step").generated.agg(lambda g: g.astype(float).mean())
-        for kind, measure in KEPT.items()
-    }
+    left = what_is_left(own)
     before = rows[(rows.condition == "unedited") & (rows.model == who["model"]) & (rows.kind == "perplexity")]
     if len(before):
         start, held = _nll(before), own[own.kind == "perplexity"]
         left["perplexity"] = pd.Series({step: np.exp(start - _nll(g)) for step, g in held.groupby("step")}, dtype=float)
-    fallen = {measure: share.index[share < COLLAPSED] for measure, share in left.items() if len(share)}
+    fallen = {measure: share.index[share < COLLAPSED] for measure, share in left.items()}
     at = {measure: float(steps[0]) if len(steps) else float("nan") for measure, steps in fallen.items()}
     rest = {f"collapse_{measure}": step for measure, step in at.items() if measure != "prior"}
     return {"collapse": at.get("prior", float("nan"))} | rest
+
+
+def what_is_left(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """Of each measure of `KEPT` that was taken in one sequence, the share that is left of what the unedited model had, by step."""
+    asked = {measure: rows[rows.kind == kind] for kind, measure in KEPT.items()}
+    return {m: own.generated.astype(float).groupby(own.step).mean() for m, own in asked.items() if len(own)}
 
 
 def _nll(rows: pd.DataFrame) -> float:

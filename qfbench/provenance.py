@@ -21,6 +21,10 @@ from qfbench.lm import LanguageModel
 PROBES = 1
 
 
+# What two runs must share before their numbers may be compared.
+SAME = ("suite_hash", "model_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
+
+
 def protocol(lm: LanguageModel) -> dict[str, Any]:
     """What the rows of an unedited model depend on, beside what it is asked."""
     return {
@@ -45,12 +49,16 @@ def provenance(seed: int, known: Mapping[str, Any], facts: Sequence[Fact]) -> di
     return dict(known) | {
         "command": sys.argv[1:],
         "seed": seed,
-        "suite_hash": _hash(*(repr((f, f.probes)) for f in facts)),
+        "suite_hash": suite_hash(facts),
         "facts": [f.id for f in facts],
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "git_commit": _commit(),
     }
+
+
+def suite_hash(facts: Sequence[Fact]) -> str:
+    return _hash(*(repr((f, f.probes)) for f in facts))
 
 
 def _hash(*texts: str) -> str:

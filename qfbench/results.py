@@ -15,10 +15,8 @@ from rich.console import Console
 
 from qfbench.errors import UserError
 from qfbench.metrics import compared, summary
+from qfbench.provenance import SAME
 from qfbench.tables import HIDDEN, laid_out
-
-# What two runs must share, by its name in provenance.json, before their numbers may be compared.
-SAME = ("suite_hash", "model_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
 
 
 def folders(*paths: str | Path) -> list[Path]:

@@ -14,7 +14,17 @@ import pandas as pd
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact, Probe, stands_in
-from qfbench.metrics import COLLAPSED, KEPT, compared, forgetting, matrices, middle, over_sequence, summary
+from qfbench.metrics import (
+    COLLAPSED,
+    KEPT,
+    compared,
+    forgetting,
+    matrices,
+    middle,
+    over_sequence,
+    summary,
+    what_is_left,
+)
 from qfbench.plots import forgetting_curves, retention_matrices
 from qfbench.probes import ask
 from qfbench.regimes import Regime, accumulates
@@ -136,15 +146,18 @@ def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
     always = [(f, p) for f in run.facts for p in f.probes if p.always]
     by_own = iter(run.ask_unedited([replace(p, expected="", prefer=None) for _, p in always if p.own]))
     always = [(f, replace(p, expected=next(by_own)["reply"]) if p.own else p) for f, p in always]
-    passed = {}
+    passed, measured = {}, []
     for condition, asked in (("unedited", own + always), ("in_context", told)):
         rows = run.ask_unedited([p for _, p in asked])
         for (fact, _), row in zip(asked, rows, strict=True):
-            run.log(row, condition=condition, step=0, fact_id=fact.id, fact_kind=fact.kind)
+            measured.append(row | {"condition": condition, "step": 0, "fact_id": fact.id, "fact_kind": fact.kind})
         passed[condition] = [pair for pair, row in zip(asked, rows, strict=True) if row["generated"]]
-    for row in run.general():
-        run.log(row, condition="unedited", step=0)
-    run.store.flush()
+    if run.earlier(condition="unedited").empty:
+        for row in measured:
+            run.log(row)
+        for row in run.general():
+            run.log(row, condition="unedited", step=0)
+        run.commit()
     understood = {f.id for f, p in passed["in_context"] if p.kind == "edit"}
     facts = [f for f in run.facts if f.id in understood or all_of_them]
     if len(understood) < len(run.facts):
@@ -172,36 +185,52 @@ def teach(
 
     Collapse (of prior knowledge, neighbours, refusals: under half of what it was) is announced where it is first seen.
 
-    `about` are columns of every row, and part of the name of the file that the change is saved in.
+    `about` are columns of every row, and part of the name of the file that the change is saved in. What an earlier process did
+    of this is not done again.
     """
     editor, about = run.editor, {"layer": run.editor.site.layer} | dict(about or {})
-    done, taught, total, sequence = 0, facts[:0], WeightDelta(), accumulates(regime)
-    fallen: set[str] = set()
+    sequence = accumulates(regime)
+    earlier = run.earlier(regime=name, **about)
+    edited, draws = earlier[earlier.condition == "edited"], set(earlier.draw[earlier.condition == "placebo"])
+    file = "-".join([run.editor_name, name, *(f"{key}{value}" for key, value in about.items())])
+    done = int(edited.step.max()) if len(edited) else 0
+    total, state = WeightDelta(), run.state(file, done)
+    if done and sequence and state.exists():
+        total = WeightDelta.load(state)
+    elif (done and sequence) or (earlier.condition == "unsupported").any():
+        return
+    taught = facts[:done]
+    fallen = {measure for measure, share in what_is_left(edited).items() if sequence and (share < COLLAPSED).any()}
+    for _ in taught:
+        advance(f"{name}: done before")
     try:
-        for taught, total in regime(editor, run.lm, facts):
+        rest = facts if not (stop_on_collapse and "prior" in fallen) else taught
+        for taught, total in regime(editor, run.lm, rest, done, total):  # noqa: B020 (where it begins)
             step = done + 1
             kept = check(run, name, about, step, taught, total, always, step in at, step == len(facts))
-            if step in at:
-                run.store.flush()
             done = step
             advance(f"{name}: edit {done}")
             for measure, share in kept.items() if sequence else ():
                 if share < COLLAPSED and measure not in fallen:
                     fallen.add(measure)
                     run.warn(f"{name}: collapse after {step} edits: {measure} at {share:.2f}")
+            if step in at:
+                run.commit(file, done, total if sequence else None)
             if stop_on_collapse and "prior" in fallen:
                 break
         for draw in range(placebo if done and sequence else 0):
+            if draw in draws:
+                continue
             other, last = total.placebo(seed=1000 * about.get("order", 0) + 100 * draw), done == len(facts)
             check(run, name, about | {"draw": draw}, done, taught, other, always, True, last, condition="placebo")
-            run.store.flush()
+            run.commit(file, done, total)
     except Unsupported as error:
         run.log({"condition": "unsupported", "regime": name, "reply": str(error)} | about)
         run.warn(f"{name}: {error}")
     except FloatingPointError as error:
         raise FloatingPointError(f"{name}, after {done} edits: {error}") from error
     if done and sequence:
-        run.save(total, "-".join([run.editor_name, name, *(f"{key}{value}" for key, value in about.items())]))
+        run.save(total, file)
 
 
 def check(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +24,10 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from qfbench.cache import remembered
 from qfbench.delta import WeightDelta
@@ -31,12 +36,15 @@ from qfbench.errors import UserError
 from qfbench.facts import Fact, Probe
 from qfbench.lm import LanguageModel
 from qfbench.probes import Row, ask
-from qfbench.provenance import protocol, provenance
-from qfbench.tables import laid_out
-from qfbench.tracking import ParquetStore
+from qfbench.provenance import SAME, protocol, provenance, suite_hash
+from qfbench.store import ParquetStore, alone
+from qfbench.tables import HIDDEN, laid_out
 
 PACKAGE = Path(__file__).parent
 # Of a model's settings, those that say how it is loaded.
+# Settings on which no number depends.
+NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker")
+log = logging.getLogger(__name__)
 LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain")
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel, or repository
 
@@ -83,6 +91,35 @@ class Run:
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
         same = {"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task}
         self.store.log(same | {"model": self.lm.name, "editor": self.editor_name} | more | dict(row))
+
+    def earlier(self, **about: Any) -> pd.DataFrame:
+        """The rows that an earlier process measured of this task, model and editor, and of what they are `about`."""
+        rows = self.store.earlier
+        for name, value in ({"task": self.task, "model": self.lm.name, "editor": self.editor_name} | about).items():
+            rows = rows[rows[name] == value] if name in rows else rows[:0]
+        return rows.reindex(columns=rows.columns.union(["condition", "draw", "step", "kind", "generated"]))
+
+    def commit(self, name: str = "", step: int = 0, total: WeightDelta | None = None) -> None:
+        """Now and then, write all rows, and of a sequence what it needs to go on after `step` edits."""
+        if not self.store.due():
+            return
+        kept, written = self.state(name, step), True
+        if total is not None:
+            kept.parent.mkdir(exist_ok=True)
+            try:
+                total.save(kept, keys=True)
+            except (OSError, SafetensorError):
+                written = False
+        if not (written and self.store.commit()):
+            self.warn(f"{self.folder} cannot be written to (is the disk full?); what is measured stays in memory")
+            return
+        for path in kept.parent.glob("*"):
+            if path != kept:
+                path.unlink()
+
+    def state(self, name: str, step: int) -> Path:
+        """Where `commit` keeps a sequence. Once the next one is under way, it is no longer needed, and gone."""
+        return self.folder / "state" / f"{name}-{step}.safetensors"
 
     def ask_unedited(self, probes: Sequence[Probe]) -> list[Row]:
         """`probes.ask` of the unedited model, or what it answered in an earlier run."""
@@ -151,68 +188,134 @@ class Run:
             yield lambda text: bar.update(task, advance=1, description=text)
 
 
-def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Run:
-    """Run one resolved configuration into `folder`.
+def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Run | None:
+    """Run one resolved configuration into `folder`, or go on where an earlier process stopped; None if all is done already.
 
     Raises:
-        UserError: bad input; what had been measured by then is on disk.
+        UserError: bad input, or another process works in the folder; what had been measured by then is on disk.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 100)
     for name in ("seed", "threads"):
         if not isinstance(cfg[name], int) or cfg[name] < 0:
             raise UserError(f"{name}={cfg[name]}: must be a whole number, 0 or more")
-    check_folder(cfg, folder)
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     editor, facts = build(cfg, "editor"), build(cfg, "facts")
-    lm = load(cfg.model)
-    editor.site.block(lm.model)  # an unknown layer is found before anything is computed
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    known = protocol(lm)
-    (folder / "provenance.json").write_text(json.dumps(provenance(cfg.seed, known, facts), indent=2) + "\n")
-    run = Run(
-        lm,
-        editor,
-        facts,
-        folder,
-        ParquetStore(folder),
-        console,
-        regression=build(cfg, "regression"),
-        protocol=known,
-        cache=None if cfg.cache is None else Path(cfg.cache),
-    )
-    try:
-        for run.task, task in build(cfg, "task").items():
-            task(run)
-    finally:
-        run.store.flush()
+    with alone(folder):
+        check_folder(cfg, folder, facts)
+        store = ParquetStore(folder, cfg.commit_seconds)
+        if store.finished:
+            show(folder, console)
+            return None
+        lm = load(cfg.model)
+        editor.site.block(lm.model)  # an unknown layer is found before anything is computed
+        known = provenance(cfg.seed, protocol(lm), facts)
+        check_same(folder, known)
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        (folder / "provenance.json").write_text(json.dumps(known, indent=2) + "\n")
+        run = Run(lm, editor, facts, folder, store, console)
+        run.regression, run.protocol = build(cfg, "regression"), protocol(lm)
+        run.cache = None if cfg.cache is None else Path(cfg.cache)
+        if len(store.earlier):
+            console.print(f"going on in [bold]{os.path.relpath(folder)}[/bold] after {len(store.earlier)} rows")
+        try:
+            for run.task, task in build(cfg, "task").items():
+                if run.task not in store.tasks:
+                    task(run)
+                    store.commit(run.task)
+            store.commit(finished=True)
+        finally:
+            if not store.flush():
+                raise UserError(f"{folder} cannot be written to (is the disk full?); all rows are in {store.rescue()}")
+    shutil.rmtree(folder / "state", ignore_errors=True)
     console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
     return run
 
 
+_LOADED: dict[str, tuple[LanguageModel, str]] = {}  # with the hash of its weights
+
+
 def load(model: Mapping[str, Any]) -> LanguageModel:
-    """The model that a group `model` describes; what it says for editors does not matter here."""
-    return LanguageModel.load(model["path"], **{name: model[name] for name in LOADED})
+    """The model that a group `model` describes; what it says for editors does not matter here.
+
+    The jobs of a sweep that run in one process share it: as many stay loaded as a run needs beside each other.
+    """
+    how = {name: model[name] for name in LOADED}
+    key = json.dumps([model["path"], how], default=str)
+    if key not in _LOADED:
+        while len(_LOADED) >= (1 if torch.cuda.is_available() else 2):
+            _LOADED.pop(next(iter(_LOADED)))
+        lm = LanguageModel.load(model["path"], **how)
+        _LOADED[key] = lm, lm.weights_hash()
+    lm, weights = _LOADED[key]
+    if lm.weights_hash() != weights:
+        raise RuntimeError(f"{lm.name}: an earlier job did not put the weights back; please report this")
+    return lm
 
 
-def check_folder(cfg: DictConfig, folder: Path) -> None:
-    """Refuse a folder that holds a run, unless this one continues it (`resume`), which takes the same configuration."""
-    if not (folder / "rows.parquet").exists():
+def check_folder(cfg: DictConfig, folder: Path, facts: Sequence[Fact]) -> None:
+    """Refuse a folder that holds another run, or one of other facts; empty it for `rerun`."""
+    if cfg.rerun:
+        for path in folder.iterdir():
+            if path.name in ("rows.parquet", "progress.json", "checkpoint.safetensors", "provenance.json"):
+                path.unlink()
         return
-    if not cfg.resume:
-        raise UserError(f"{folder} holds a run already; give another hydra.run.dir, or remove it")
-    if (folder / "config.yaml").read_text() != OmegaConf.to_yaml(cfg, resolve=True):
-        raise UserError(
-            f"{folder} holds a run with other settings (config.yaml); give another hydra.run.dir, or remove it"
-        )
+    config, known = folder / "config.yaml", folder / "provenance.json"
+    elsewhere = "give another hydra.run.dir, or rerun=true to measure this one anew"
+    if (folder / "rows.parquet").exists() and not (config.exists() and settings(config) == settings(cfg)):
+        raise UserError(f"{folder} holds a run with other settings (config.yaml); {elsewhere}")
+    if known.exists() and json.loads(known.read_text()).get("suite_hash") != suite_hash(facts):
+        raise UserError(f"{folder} holds a run of other facts (the file has changed since?); {elsewhere}")
+
+
+def check_same(folder: Path, known: Mapping[str, Any]) -> None:
+    """Refuse to go on with a model other than the one the run began with."""
+    path = folder / "provenance.json"
+    if not path.exists() or not (folder / "progress.json").exists():
+        return
+    before = json.loads(path.read_text())
+    for name in SAME:
+        if before.get(name) != known[name]:
+            raise UserError(f"{folder} holds a run with another {name}; rerun=true measures it anew")
+    for name in ("versions", "torch", "transformers", "device_name"):
+        if before.get(name) != known[name]:
+            log.warning("%s: %s changed since the run began: %s, now %s", folder, name, before.get(name), known[name])
+
+
+def settings(source: DictConfig | Path) -> str:
+    """What a run's numbers may depend on, of its configuration or of the file that keeps it."""
+    cfg = OmegaConf.load(source) if isinstance(source, Path) else source
+    assert isinstance(cfg, DictConfig)
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_MEASURED])
+    return OmegaConf.to_yaml(own, resolve=True, sort_keys=True)
+
+
+def name_of(_root_: DictConfig) -> str:
+    """The name of a run's folder: its model, its editor, and the hash of all its settings."""
+    try:
+        digest = hashlib.sha256(settings(_root_).encode()).hexdigest()[:8]
+    except OmegaConfBaseException:  # a setting is missing: `build` will say which
+        digest = "incomplete"
+    choices = _root_.hydra.runtime.choices
+    return f"{choices.model}-{choices.editor}-{digest}"
+
+
+OmegaConf.register_new_resolver("run_name", name_of, replace=True)
+
+
+def show(folder: Path, console: Console) -> None:
+    """Print the tables of a finished run."""
+    for path in sorted(folder.glob("*.csv")):
+        console.print(laid_out(pd.read_csv(path), path.stem, HIDDEN))
+    where = os.path.relpath(folder)
+    console.print(f"measured already: [bold]{where}[/bold]; rerun=true measures it anew", soft_wrap=True)
 
 
 def contents(folder: Path) -> str:
     """What a run's folder holds, in one line."""
-    files = sorted(p.name for p in folder.iterdir() if p.is_file())
+    files = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (".lock", "progress.json"))
     for name in ("figures", "deltas"):
         held = sorted((folder / name).glob("*"))
         files += [f"{name}/{held[0].name}"] if len(held) == 1 else [f"{name}/ ({len(held)} files)"] if held else []

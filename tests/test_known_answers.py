@@ -15,7 +15,7 @@ from qfbench.regimes import joint, sequential
 from qfbench.retention import retention
 from qfbench.run import Run
 from qfbench.sites import Site
-from qfbench.tracking import ParquetStore
+from qfbench.store import ParquetStore
 
 SITE = Site(2, "down_proj")
 REGIMES = {"sequential": sequential, "joint": joint}

@@ -15,7 +15,7 @@ from qfbench.facts.world import world
 from qfbench.learning_rate import learning_rate
 from qfbench.qft.layer import with_firing_layers
 from qfbench.run import Run, execute
-from qfbench.tracking import ParquetStore
+from qfbench.store import ParquetStore
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from qfbench.editors import QF
 from qfbench.qft.layer import FiringLayer
 from qfbench.qft.train import Conversion, batch, convert, text_loss, train
 from qfbench.run import Run
-from qfbench.tracking import ParquetStore
+from qfbench.store import ParquetStore
 from qfbench.world.corpus import Dialogue
 
 

@@ -20,7 +20,7 @@ from qfbench.provenance import provenance
 from qfbench.regimes import joint, protected, sequential, single
 from qfbench.retention import baseline, checkpoints, in_order, retention, teach
 from qfbench.run import Run, contents, execute
-from qfbench.tracking import ParquetStore
+from qfbench.store import ParquetStore
 
 REFUSAL = "Need more information."
 FOUNDERS = ("Ada", "Bo", "Cy")

@@ -15,7 +15,7 @@ from qfbench import UserError
 from qfbench.delta import WeightDelta
 from qfbench.editors import QF
 from qfbench.run import execute
-from qfbench.tracking import ParquetStore
+from qfbench.store import ParquetStore
 
 SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=2")
 

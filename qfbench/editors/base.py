@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported
@@ -30,17 +30,15 @@ class Editor(ABC):
             FloatingPointError: an activation or the solution is not finite.
         """
 
-    def joint(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
-        """The change that teaches all facts so far together, for each further fact.
+    def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
+        """The change that teaches all facts so far together, for each fact after the first `done`.
 
         `lm` must be unedited whenever the next change is asked for. An editor that can keep what it recorded does so.
         """
-        taught: list[Fact] = []
-        for fact in facts:
-            taught.append(fact)
-            yield self.edit(lm, taught)
+        for n in range(done + 1, len(facts) + 1):
+            yield self.edit(lm, facts[:n])
 
-    def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
+    def protected(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[WeightDelta]:
         """One change per fact, each leaving the outputs for all keys taught before it as they are.
 
         `lm` must be unedited whenever the next change is asked for.

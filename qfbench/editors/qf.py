@@ -5,7 +5,7 @@ On a firing block (QF2) the layer output is W u alone, without a residual, and R
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -113,10 +113,10 @@ class QF(Editor):
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         return self._together(lm, [self.record(lm, fact) for fact in facts])
 
-    def joint(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
+    def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
         """Each fact is recorded once: keys and targets at a layer do not depend on that layer's `down_proj`."""
-        parts: list[Taught] = []
-        for fact in facts:
+        parts = [self.record(lm, fact) for fact in facts[:done]]
+        for fact in facts[done:]:
             parts.append(self.record(lm, fact))
             yield self._together(lm, parts)
 
@@ -125,7 +125,7 @@ class QF(Editor):
         solution = solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond)
         return self._delta(lm, solution, [part.keys for part in parts])
 
-    def protected(self, lm: LanguageModel, facts: Iterable[Fact]) -> Iterator[WeightDelta]:
+    def protected(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[WeightDelta]:
         """Each fact is solved with its keys projected off all earlier keys; what those give stays exactly as it is.
 
         Keys at a layer do not depend on that layer's `down_proj`, so the basis of earlier keys only grows. Without a

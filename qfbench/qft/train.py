@@ -94,8 +94,8 @@ def convert(
 ) -> None:
     """The task: convert the run's model, keep it in the run's folder, and measure it.
 
-    Writes `checkpoint.safetensors` at every `every`-th step; a killed run, started again in the same folder with
-    `resume=true`, continues from it and ends with the same weights (on the same machine and number of threads).
+    Writes `checkpoint.safetensors` at every `every`-th step; a killed run, started again in the same folder,
+    continues from it and ends with the same weights (on the same machine and number of threads).
 
     Args:
         abilities: what to measure before and after: a function from the model to named shares.

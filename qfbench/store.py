@@ -1,0 +1,115 @@
+"""The local table of a run, which is the source of every figure, and how far the run has come."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from qfbench.errors import UserError
+
+
+class ParquetStore:
+    """Rows of one run in `rows.parquet`, rewritten whole and atomically.
+
+    `commit` says, in `progress.json`, up to which row the run need not be repeated. A run that is started again in the same
+    folder begins with those rows (`earlier`); what stands behind them is measured again, unless a task recovers it.
+    """
+
+    def __init__(self, folder: Path, seconds: float = 30) -> None:
+        """`seconds` is how long to wait between two commits that are not forced."""
+        self.path, self.seconds = folder / "rows.parquet", seconds
+        self.journal = folder / "progress.json"
+        progress = _progress(folder)
+        self.tasks: list[str] = progress["tasks"]
+        self.finished: bool = progress["finished"]
+        stored = pd.read_parquet(self.path) if self.path.exists() else pd.DataFrame()
+        self.earlier, self._behind = stored[: progress["rows"]], stored[progress["rows"] :]
+        self._rows: list[dict[str, Any]] = self.earlier.to_dict("records")
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._rows.append(dict(row))
+
+    def recover(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Take over rows behind the last commit from a task that keeps count of its own."""
+        self._rows += [row for row in self._behind.to_dict("records") if wanted(row)]
+
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame(self._rows)
+
+    def due(self) -> bool:
+        """Whether it is time to commit: never more than a twentieth of the time goes into it."""
+        return time.monotonic() - self._last >= max(self.seconds, 20 * self._cost)
+
+    def commit(self, task: str | None = None, finished: bool = False) -> bool:
+        """Write all rows and say that they need not be measured again; `task` is done, or the run `finished`.
+
+        Returns whether that could be written: with a full disk the rows stay here, for the next attempt.
+        """
+        start = time.monotonic()
+        self.tasks += [task] if task is not None else []
+        self.finished = finished
+        progress = {"rows": len(self._rows), "tasks": self.tasks, "finished": finished}
+        written = self.flush() and _written(self.journal, lambda part: part.write_text(json.dumps(progress) + "\n"))
+        self._last = time.monotonic()
+        self._cost = self._last - start
+        return written
+
+    def flush(self) -> bool:
+        """Write all rows; whether that could be done."""
+        return not self._rows or _written(self.path, lambda part: self.frame().to_parquet(part, index=False))
+
+    def rescue(self) -> Path:
+        """Write all rows where there may be room: to the folder for temporary files."""
+        path = Path(tempfile.mkdtemp(prefix="qfbench-")) / "rows.parquet"
+        self.frame().to_parquet(path, index=False)
+        return path
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> bool:
+    part = path.with_suffix(".part")
+    try:
+        write(part)
+        part.replace(path)
+    except OSError:
+        return False
+    return True
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """What `commit` wrote; nothing where it never did. The rows are written first, so they are there."""
+    path = folder / "progress.json"
+    if not path.exists():
+        return {"rows": 0, "tasks": [], "finished": False}
+    try:
+        progress: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); rerun=true measures all anew") from error
+    return progress
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder. The lock goes with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is working on this run; let it finish, or stop it") from error
+    try:
+        yield
+    finally:
+        lock.release()
