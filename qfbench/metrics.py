@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns columns `model`, `editor`, `regime`, `step` (n), `mean`, `low`, `high` (95%, over orders and facts); nothing of regimes that do not accumulate.
     """
-    edited = rows[rows.condition == "edited"]
-    asked = edited[(edited.kind == "edit") & edited.checkpoint.astype(bool) & (edited.taught == edited.step)]
+    edited = accumulating(rows[rows.condition == "edited"])
+    asked = edited[(edited.kind == "edit") & edited.checkpoint.astype(bool)]
     out = []
     by = ["model", "editor", "regime", "step"]
     for key, group in asked.groupby(by, sort=False):
@@ -25,6 +25,11 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
         measured = {"mean": group.generated.astype(float).mean(), "low": low, "high": high}
         out.append(dict(zip(by, key, strict=True)) | measured)
     return pd.DataFrame(out, columns=[*by, "mean", "low", "high"])
+
+
+def accumulating(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of those regimes whose edits accumulate: `single` has taught one fact at every step."""
+    return rows[(rows.taught == rows.step).groupby([rows.model, rows.editor, rows.regime]).transform("all")]
 
 
 SEQUENCE = ["model", "editor", "regime", "order"]
@@ -36,7 +41,7 @@ def matrices(rows: pd.DataFrame, protocol: str = "generated") -> dict[tuple[str,
     By (model, editor, regime, order). Index `step` (n), columns `fact_id` in the order of teaching; NaN before a fact is
     taught and where it was not asked. Nothing of regimes that do not accumulate.
     """
-    edited = rows[(rows.condition == "edited") & (rows.kind == "edit") & (rows.taught == rows.step)]
+    edited = accumulating(rows[(rows.condition == "edited") & (rows.kind == "edit")])
     edited = edited.assign(order=edited.order.fillna(0).astype(int) if "order" in edited else 0)
     out = {}
     for key, own in edited.groupby(SEQUENCE, sort=False):
@@ -279,6 +284,27 @@ def _ordered(lines: list[dict[str, Any]]) -> pd.DataFrame:
     after = [f"{name}_{what}" for name in MEASURES for what in ("low", "high", "same")]
     first = [name for name in frame if name not in MEASURES and name not in after and name != "norm"]
     return frame[[name for name in (*first, *MEASURES, "norm", *after) if name in frame]]
+
+
+def by_kind(rows: pd.DataFrame) -> pd.DataFrame:
+    """`summary` of each kind of knowledge (`fact_kind`) apart: `kind` and the measures of the facts' own probes."""
+    parts = []
+    for kind, own in rows[rows.fresh.astype(bool)].groupby("fact_kind", sort=True):
+        parts.append(summary(own).assign(kind=kind))
+    frame = pd.concat(parts, ignore_index=True)
+    return frame[["kind", *(name for name in frame if name not in ("kind", "of"))]]
+
+
+def at_steps(rows: pd.DataFrame, steps: Sequence[int]) -> pd.DataFrame:
+    """The measures of `summary` that are about what is kept, after each of `steps` edits that is a checkpoint."""
+    edited = accumulating(rows[rows.condition == "edited"])
+    parts = []
+    for step in steps:
+        own = edited[(edited.step == step) & edited.checkpoint.astype(bool)]
+        if len(own):
+            parts.append(summary(own.assign(fresh=False)).assign(edits=step))
+    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["edits"])
+    return frame[["edits", *(name for name in frame if name not in ("edits", "of"))]]
 
 
 def by_layer(rows: pd.DataFrame) -> pd.DataFrame:

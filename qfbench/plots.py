@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -63,6 +63,84 @@ MEASURES = {
     "refused": ("#E69F00", "--", "v"),
     "leakage": ("#CC79A7", "-.", "x"),
 }
+
+
+KEPT = {"retention": MEASURES["efficacy"], "prior": MEASURES["prior"], "refused": MEASURES["refused"]}
+LABELS = {"held_out": "paraphrase, unseen wording", "refused": "refusals kept", "prior": "prior knowledge"}
+
+
+def over_settings(table: pd.DataFrame, setting: str, label: str) -> Figure:
+    """The measures of single edits (left) and of the end of a sequence (right) against a setting, with their intervals.
+
+    `table` has a line per value of `setting` and regime (`results.pooled`).
+    """
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels: dict[str, tuple[str, tuple[str, ...]]] = {}
+    panels["single"] = ("each fact alone", ("efficacy", "held_out", "prior", "refused"))
+    panels["sequential"] = ("after all facts, one after another", tuple(KEPT))
+    for axes, (regime, (title, names)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        own = table[table.regime == regime]
+        at = range(len(own)) if own[setting].dtype == object else own[setting]
+        for name in names:
+            if name in own:
+                colour, line, marker = (KEPT if regime == "sequential" else MEASURES)[name]
+                axes.plot(at, own[name], color=colour, ls=line, marker=marker, ms=4, label=LABELS.get(name, name))
+                axes.fill_between(at, own[f"{name}_low"], own[f"{name}_high"], color=colour, alpha=0.15, lw=0)
+        axes.set(title=title, xlabel=label, ylim=(-0.03, 1.03))
+        axes.set_xticks(at, own[setting])
+        _plain(axes)
+        axes.legend(frameon=False, fontsize=8)
+    figure.axes[0].set(ylabel="share of replies (band: 95%)")
+    return figure
+
+
+def heat_maps(
+    table: pd.DataFrame, setting: str, label: str, measures: Sequence[str] = ("efficacy", "held_out")
+) -> Figure:
+    """Measures by a setting (across) and kind of knowledge (down), a panel each. Dark: more. `table` as of `metrics.by_kind`."""
+    measures = [name for name in measures if name in table]
+    figure = Figure(figsize=(4.4 * len(measures) + 0.6, 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        grid = table.pivot(index="kind", columns=setting, values=name)
+        image = axes.imshow(grid.to_numpy(float), cmap="cividis_r", vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(grid.to_numpy(float)):
+            if not np.isnan(value):
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if value > 0.5 else "black",
+                )
+        axes.set_xticks(range(grid.shape[1]), grid.columns)
+        axes.set_yticks(range(grid.shape[0]), grid.index)
+        axes.set(title=LABELS.get(name, name), xlabel=label)
+    figure.colorbar(image, ax=figure.axes, label="share of replies")
+    return figure
+
+
+def bars(table: pd.DataFrame, measures: Sequence[str]) -> Figure:
+    """Measures side by side for each line of `table` (model, editor), with their intervals."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    shown = [name for name in measures if name in table]
+    width, several = 0.8 / len(table), table.model.nunique() > 1
+    styles = [*STYLES.values(), OTHER]
+    for k, line in enumerate(table.to_dict("records")):
+        at = np.arange(len(shown)) + (k - (len(table) - 1) / 2) * width
+        value = np.array([line[name] for name in shown], float)
+        spread = [
+            [abs(line[name] - line.get(f"{name}_{side}", line[name])) for name in shown] for side in ("low", "high")
+        ]
+        label = line["editor"] + (f", {line['model']}" if several else "")
+        axes.bar(at, value, width, yerr=spread, color=styles[k % len(styles)][0], label=label, error_kw={"lw": 0.8})
+    axes.set_xticks(range(len(shown)), [LABELS.get(name, name) for name in shown])
+    axes.set(ylabel="share (bars: 95%)", ylim=(0, 1.05))
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:

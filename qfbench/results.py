@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +34,49 @@ def folders(*paths: str | Path) -> list[Path]:
 def load(*paths: str | Path) -> pd.DataFrame:
     """The rows of all runs in `paths` and below, as one frame.
 
-    Column `run` is a run's folder; each setting in which the runs differ is a column, named as on the command line
-    (`editor.layer`).
+    Column `run` is a run's folder; each setting that tells runs apart is a column, named as on the command line
+    (`editor.layer`), and stands in the frame's `attrs["settings"]`. A setting that follows from others is left out.
 
     Raises:
         UserError: there is no run, or a file of one cannot be read.
     """
     found = folders(*paths)
-    settings = [_settings(folder) for folder in found]
-    names = {name for own in settings for name in own}
-    differ = sorted(name for name in names if len({repr(own.get(name)) for own in settings}) > 1)
+    table = pd.DataFrame([_settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
+    table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
+    names: list[str] = []
+    for name in table:
+        if len(table[[*names, name]].astype(str).drop_duplicates()) > len(
+            table[names].astype(str).drop_duplicates() if names else [0]
+        ):
+            names.append(name)
     parts = []
-    for folder, own in zip(found, settings, strict=True):
+    for folder in found:
         try:
             rows = pd.read_parquet(folder / "rows.parquet")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / 'rows.parquet'}: cannot be read ({error})") from error
-        parts.append(rows.assign(run=str(folder), **{name: own.get(name) for name in differ}))
+        parts.append(rows.assign(run=str(folder), **{name: table.loc[str(folder), name] for name in names}))
+    rows = pd.concat(parts, ignore_index=True)
+    rows = rows.infer_objects()
+    rows.attrs["settings"] = names
+    return rows
+
+
+def pooled(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame] = summary) -> pd.DataFrame:
+    """`metrics.summary` (or another measure) of each combination of settings of several runs, those that differ in `seed`
+    taken together: an interval is over facts, orders and seeds."""
+    by = [name for name in rows.attrs["settings"] if name != "seed"]
+    run = pd.factorize(rows.run)[0]
+    order = rows.order.fillna(0) if "order" in rows else 0
+    rows = rows.assign(order=1000 * run + order, fact_id=rows.run + " " + rows.fact_id.fillna(""))
+    if not by:
+        return measure(rows)
+    parts = []
+    for key, own in rows.groupby(by, dropna=False):
+        frame = measure(own)
+        for place, (name, value) in enumerate(zip(by, key, strict=True)):
+            frame.insert(place, name, value)
+        parts.append(frame)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -132,8 +158,11 @@ def main() -> None:
             title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"
             console.print(laid_out(frame, title, [*HIDDEN, "model_of", "editor_of", "regime_of"]))
         else:
-            for run, own in retention(*args.folders).groupby("run", sort=False):
-                console.print(laid_out(summary(own), str(run), HIDDEN))
+            rows = retention(*args.folders)
+            table = pooled(rows)
+            constant = [name for name in ("model", "editor") if table[name].nunique() == 1]
+            title = f"{rows.run.nunique()} runs (± 95% over facts, orders and seeds)"
+            console.print(laid_out(table, title, [*HIDDEN, *constant]))
     except UserError as error:
         print(f"qfbench-results: {error}", file=sys.stderr)
         sys.exit(2)

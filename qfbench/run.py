@@ -64,6 +64,7 @@ class Run:
     regression: Mapping[str, Callable[[LanguageModel], list[Row]]] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)  # `provenance.protocol` of the model
     cache: Path | None = None  # where rows of unedited models are kept
+    brief: bool = False  # print no tables: the job of a sweep, which is read as a whole
 
     @property
     def editor_name(self) -> str:
@@ -148,6 +149,8 @@ class Run:
     ) -> None:
         """Keep a frame as CSV beside the rows, named as the task, and print it (or `printed`) without its `hidden` columns."""
         frame.to_csv(self.folder / f"{name or self.task}.csv", index=False)
+        if self.brief:
+            return
         self.console.print(laid_out(frame if printed is None else printed, title, hidden))
 
     def figure(self, figure: Figure, name: str) -> None:
@@ -155,7 +158,8 @@ class Run:
         path = self.folder / "figures" / name
         for ending in (".png", ".pdf"):
             figure.savefig(path.with_suffix(ending), dpi=150)
-        self.console.print(f"figure: [bold]{os.path.relpath(path)}.png[/bold]", soft_wrap=True)
+        if not self.brief:
+            self.console.print(f"figure: [bold]{os.path.relpath(path)}.png[/bold]", soft_wrap=True)
 
     def save(self, delta: WeightDelta, name: str) -> None:
         (self.folder / "deltas").mkdir(exist_ok=True)
@@ -183,13 +187,15 @@ class Run:
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
         """A progress bar; call what it gives after each unit of work, with what is being done."""
         columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=total)
             yield lambda text: bar.update(task, advance=1, description=text)
 
 
-def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Run | None:
+def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief: bool = False) -> Run | None:
     """Run one resolved configuration into `folder`, or go on where an earlier process stopped; None if all is done already.
+
+    `brief` prints no tables.
 
     Raises:
         UserError: bad input, or another process works in the folder; what had been measured by then is on disk.
@@ -207,7 +213,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
         check_folder(cfg, folder, facts)
         store = ParquetStore(folder, cfg.commit_seconds)
         if store.finished:
-            show(folder, console)
+            show(folder, console, brief)
             return None
         lm = load(cfg.model)
         editor.site.block(lm.model)  # an unknown layer is found before anything is computed
@@ -217,6 +223,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
         (folder / "provenance.json").write_text(json.dumps(known, indent=2) + "\n")
         run = Run(lm, editor, facts, folder, store, console)
         run.regression, run.protocol = build(cfg, "regression"), protocol(lm)
+        run.brief = brief
         run.cache = None if cfg.cache is None else Path(cfg.cache)
         if len(store.earlier):
             console.print(f"going on in [bold]{os.path.relpath(folder)}[/bold] after {len(store.earlier)} rows")
@@ -305,9 +312,9 @@ def name_of(_root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("run_name", name_of, replace=True)
 
 
-def show(folder: Path, console: Console) -> None:
+def show(folder: Path, console: Console, brief: bool) -> None:
     """Print the tables of a finished run."""
-    for path in sorted(folder.glob("*.csv")):
+    for path in [] if brief else sorted(folder.glob("*.csv")):
         console.print(laid_out(pd.read_csv(path), path.stem, HIDDEN))
     where = os.path.relpath(folder)
     console.print(f"measured already: [bold]{where}[/bold]; rerun=true measures it anew", soft_wrap=True)
@@ -344,7 +351,7 @@ def build(cfg: DictConfig, group: str) -> Any:
 def _hydra_main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     try:
-        execute(cfg, Path(job.runtime.output_dir))
+        execute(cfg, Path(job.runtime.output_dir), brief=job.mode == RunMode.MULTIRUN)
     except (UserError, FloatingPointError) as error:
         if job.mode == RunMode.MULTIRUN:
             raise  # the other jobs go on; Hydra reports this one after them

@@ -1,0 +1,99 @@
+"""Studies: several runs together, as tables and figures. Each is a function of the rows of `results.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra.experimental.callback import Callback
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from qfbench import plots, results
+from qfbench.metrics import at_steps, by_kind
+from qfbench.tables import HIDDEN, laid_out
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study shows. Tables and figures by name; the first table is the one to read."""
+
+    tables: Mapping[str, pd.DataFrame]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    def save(self, folder: Path, console: Console) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in self.tables.items():
+            table.to_csv(folder / f"{name}.csv", index=False)
+        for name, figure in self.figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figure.savefig(folder / f"{name}.pdf")
+        name, table = next(iter(self.tables.items()))
+        constant = [c for c in ("model", "editor", "regime") if c in table and table[c].nunique() == 1]
+        console.print(laid_out(table, f"{name} (± 95%)", [*HIDDEN, *constant]))
+        console.print(f"study: [bold]{folder}[/bold]", soft_wrap=True)
+
+
+def layer_ablation(rows: pd.DataFrame) -> Study:
+    """What each layer teaches and keeps, each fact alone and all in sequence, and each kind of knowledge apart."""
+    table = results.pooled(rows)
+    table = table[table.regime.isin(["single", "sequential"])]
+    kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
+    figures = {
+        "layers": plots.over_settings(table, "editor.layer", "edited layer"),
+        "layers_by_kind": plots.heat_maps(kinds, "editor.layer", "edited layer"),
+    }
+    return Study({"layers": table, "layers_by_kind": kinds}, figures)
+
+
+def generalization(rows: pd.DataFrame) -> Study:
+    """Whether an edit is known in other words, and what follows from it, by editor and kind of knowledge."""
+    table = results.pooled(rows)
+    told = table[table.regime == "in_context"].drop_duplicates(["model"])
+    table = pd.concat([told.assign(editor="in context"), table[table.regime == "single"]])
+    kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
+    names = ("efficacy", "paraphrase", "held_out", "portability", "forced")
+    return Study({"generalization": table, "by_kind": kinds}, {"generalization": plots.bars(table, names)})
+
+
+def model_scale(rows: pd.DataFrame) -> Study:
+    """The same edits on models of several sizes."""
+    table = results.pooled(rows)
+    table = table[table.regime.isin(["single", "sequential"])]
+    return Study({"models": table}, {"models": plots.over_settings(table, "model", "model")})
+
+
+def sequential_stress(rows: pd.DataFrame, steps: tuple[int, ...] = (20, 50, 200, 1000)) -> Study:
+    """What is left after so many edits, of taught facts, of the first one, of prior knowledge."""
+    return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))})
+
+
+class AtTheEnd(Callback):
+    """Hydra's hook behind a multirun: the study of its runs, in the folder `study` beside them.
+
+    Runs of earlier sweeps belong to it if they differ only in what is swept.
+    """
+
+    def __init__(self, study: Callable[[pd.DataFrame], Study]) -> None:
+        self.study = study
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder, console = Path(config.hydra.sweep.dir), Console()
+        swept = set(config.hydra.sweeper.params or {})
+        base = _others(config.hydra.overrides.task, swept)
+        runs = [f for f in results.folders(folder) if _others(_overrides(f), swept) == base]
+        if runs:
+            self.study(results.retention(*runs)).save(folder / "study", console)
+
+
+def _overrides(folder: Path) -> list[str]:
+    path = folder / ".hydra" / "overrides.yaml"
+    return list(OmegaConf.load(path)) if path.exists() else []
+
+
+def _others(overrides: list[str], swept: set[str]) -> set[str]:
+    return {one for one in overrides if one.split("=")[0] not in swept}
