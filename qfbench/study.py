@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,19 +67,24 @@ def model_scale(rows: pd.DataFrame) -> Study:
     return Study({"models": table}, {"models": plots.over_settings(table, "model", "model")})
 
 
-def sequential_stress(rows: pd.DataFrame, steps: tuple[int, ...] = (20, 50, 200, 1000)) -> Study:
+def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1000)) -> Study:
     """What is left after so many edits, of taught facts, of the first one, of prior knowledge."""
     return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))})
 
 
 class AtTheEnd(Callback):
-    """Hydra's hook behind a multirun: the study of its runs, in the folder `study` beside them.
+    """Hydra's hook behind a run, or all of a multirun: the study of them, in the folder `study` of the run or beside the runs.
 
     Runs of earlier sweeps belong to it if they differ only in what is swept.
     """
 
     def __init__(self, study: Callable[[pd.DataFrame], Study]) -> None:
         self.study = study
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.run.dir)
+        if (folder / "retention.csv").exists():
+            self.study(results.retention(folder)).save(folder / "study", Console())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder, console = Path(config.hydra.sweep.dir), Console()
