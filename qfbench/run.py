@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,7 +32,7 @@ from qfbench.errors import UserError
 from qfbench.facts import Fact
 from qfbench.lm import LanguageModel
 from qfbench.provenance import provenance
-from qfbench.tracking import ParquetStore
+from qfbench.tracking import About, Mirror, ParquetStore
 
 PACKAGE = Path(__file__).parent
 # Of a model's settings, those that say how it is loaded.
@@ -52,6 +52,11 @@ class Run:
     console: Console
     task: str = ""
     label: str = ""
+    tracker: Mirror = field(default_factory=Mirror)
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.folder.parent.name}-{self.folder.name}"
 
     @property
     def editor_name(self) -> str:
@@ -76,7 +81,7 @@ class Run:
         return there
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
-        same = {"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task}
+        same = {"run_id": self.run_id, "task": self.task}
         self.store.log(same | {"model": self.lm.name, "editor": self.editor_name} | more | dict(row))
 
     def rows(self, task: str = "") -> pd.DataFrame:
@@ -97,6 +102,7 @@ class Run:
     ) -> None:
         """Keep a frame as CSV beside the rows, named as the task, and print it (or `printed`) without its `hidden` columns."""
         frame.to_csv(self.folder / f"{name or self.task}.csv", index=False)
+        self.tracker.table(name or self.task, frame)
         frame = frame if printed is None else printed
         shown = frame.drop(columns=[column for column in hidden if column in frame])
         table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
@@ -112,6 +118,7 @@ class Run:
         path = self.folder / "figures" / name
         for ending in (".png", ".pdf"):
             figure.savefig(path.with_suffix(ending), dpi=150)
+        self.tracker.figure(name, path.with_suffix(".png"))
         self.console.print(f"figure: [bold]{os.path.relpath(path)}.png[/bold]", soft_wrap=True)
 
     def save(self, delta: WeightDelta, name: str) -> None:
@@ -160,20 +167,41 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None) -> Ru
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    editor, facts = build(cfg, "editor"), build(cfg, "facts")
+    editor, facts, mirror = build(cfg, "editor"), build(cfg, "facts"), Mirror(build(cfg, "tracker"), console)
     lm = load(cfg.model)
     editor.site.block(lm.model)  # an unknown layer is found before anything is computed
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    run = Run(lm, editor, facts, folder, ParquetStore(folder), console)
-    (folder / "provenance.json").write_text(json.dumps(provenance(cfg.seed, lm, facts), indent=2) + "\n")
-    try:
-        for run.task, task in build(cfg, "task").items():
-            task(run)
-    finally:
-        run.store.flush()
+    run = Run(lm, editor, facts, folder, ParquetStore(folder, mirror.rows), console, tracker=mirror)
+    known = provenance(cfg.seed, lm, facts)
+    (folder / "provenance.json").write_text(json.dumps(known, indent=2) + "\n")
+    with mirror.of(about(run, cfg, known)):
+        try:
+            for run.task, task in build(cfg, "task").items():
+                task(run)
+        finally:
+            run.store.flush()
+            mirror.replies(run.store.frame())
     console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
     return run
+
+
+def about(run: Run, cfg: DictConfig, known: Mapping[str, Any]) -> About:
+    """What a tracker is told of a run; `known` is its provenance."""
+    job = HydraConfig.get() if HydraConfig.initialized() else None
+    return About(
+        run_id=run.run_id,
+        folder=run.folder,
+        config=settings(cfg) | {"provenance": known},
+        usual={"model": run.lm.name, "editor": run.editor_name, "layer": run.editor.site.layer, "condition": "edited"},
+        tags=[Path(run.lm.name).name, run.editor_name, cfg.facts._target_.rpartition(".")[2]],
+        experiment=job.runtime.choices["experiment"] if job else None,
+        sweep=Path(job.sweep.dir).name if job and job.mode == RunMode.MULTIRUN else None,
+    )
+
+
+def settings(cfg: DictConfig | ListConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value] # a mapping gives a dict
 
 
 def load(model: Mapping[str, Any]) -> LanguageModel:
@@ -182,12 +210,12 @@ def load(model: Mapping[str, Any]) -> LanguageModel:
 
 
 def check_folder(cfg: DictConfig, folder: Path) -> None:
-    """Refuse a folder that holds a run, unless this one continues it (`resume`), which takes the same configuration."""
+    """Refuse a folder that holds a run, unless this one continues it (`resume`), which takes the same configuration (but `tracker`)."""
     if not (folder / "rows.parquet").exists():
         return
     if not cfg.resume:
         raise UserError(f"{folder} holds a run already; give another hydra.run.dir, or remove it")
-    if (folder / "config.yaml").read_text() != OmegaConf.to_yaml(cfg, resolve=True):
+    if settings(OmegaConf.load(folder / "config.yaml")) | {"tracker": None} != settings(cfg) | {"tracker": None}:
         raise UserError(
             f"{folder} holds a run with other settings (config.yaml); give another hydra.run.dir, or remove it"
         )
