@@ -41,10 +41,10 @@ class WandB:
         self.project, self.entity, self.mode, self.group, self.tags = project, entity, mode, group, tags
 
     def start(self, about: About) -> str:
-        wandb, mode = self.wandb, self.mode
+        wandb, mode = self.wandb, self.mode or os.environ.get("WANDB_MODE")
         wandb.setup(settings=wandb.Settings(silent=True))
-        if not mode and "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
-            mode = "offline"
+        if not mode:
+            mode = None if wandb.login(prompt=False, verify=False) else "offline"
         self.run = wandb.init(
             project=self.project,
             entity=self.entity,
