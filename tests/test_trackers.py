@@ -26,8 +26,10 @@ def wandb(monkeypatch, tmp_path):
 
 def records(path):
     """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, after a header of 7 bytes."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # what a finished run has written reaches the disk seconds later, or now
     data, at, whole = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
