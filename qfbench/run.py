@@ -39,6 +39,7 @@ from qfbench.probes import Row, ask
 from qfbench.provenance import SAME, protocol, provenance, suite_hash
 from qfbench.store import ParquetStore, alone
 from qfbench.tables import HIDDEN, laid_out
+from qfbench.tracking import About, Mirror
 
 PACKAGE = Path(__file__).parent
 # Of a model's settings, those that say how it is loaded.
@@ -64,7 +65,12 @@ class Run:
     regression: Mapping[str, Callable[[LanguageModel], list[Row]]] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)  # `provenance.protocol` of the model
     cache: Path | None = None  # where rows of unedited models are kept
+    tracker: Mirror = field(default_factory=Mirror)
     brief: bool = False  # print no tables: the job of a sweep, which is read as a whole
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.folder.parent.name}-{self.folder.name}"
 
     @property
     def editor_name(self) -> str:
@@ -90,7 +96,7 @@ class Run:
         return there
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
-        same = {"run_id": f"{self.folder.parent.name}-{self.folder.name}", "task": self.task}
+        same = {"run_id": self.run_id, "task": self.task}
         self.store.log(same | {"model": self.lm.name, "editor": self.editor_name} | more | dict(row))
 
     def earlier(self, **about: Any) -> pd.DataFrame:
@@ -149,6 +155,7 @@ class Run:
     ) -> None:
         """Keep a frame as CSV beside the rows, named as the task, and print it (or `printed`) without its `hidden` columns."""
         frame.to_csv(self.folder / f"{name or self.task}.csv", index=False)
+        self.tracker.table(name or self.task, frame)
         if self.brief:
             return
         self.console.print(laid_out(frame if printed is None else printed, title, hidden))
@@ -158,6 +165,7 @@ class Run:
         path = self.folder / "figures" / name
         for ending in (".png", ".pdf"):
             figure.savefig(path.with_suffix(ending), dpi=150)
+        self.tracker.figure(name, path.with_suffix(".png"))
         if not self.brief:
             self.console.print(f"figure: [bold]{os.path.relpath(path)}.png[/bold]", soft_wrap=True)
 
@@ -208,10 +216,10 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    editor, facts = build(cfg, "editor"), build(cfg, "facts")
+    editor, facts, mirror = build(cfg, "editor"), build(cfg, "facts"), Mirror(build(cfg, "tracker"), console)
     with alone(folder):
         check_folder(cfg, folder, facts)
-        store = ParquetStore(folder, cfg.commit_seconds)
+        store = ParquetStore(folder, cfg.commit_seconds, mirror.rows)
         if store.finished:
             show(folder, console, brief)
             return None
@@ -221,24 +229,41 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         check_same(folder, known)
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         (folder / "provenance.json").write_text(json.dumps(known, indent=2) + "\n")
-        run = Run(lm, editor, facts, folder, store, console)
+        run = Run(lm, editor, facts, folder, store, console, tracker=mirror)
         run.regression, run.protocol = build(cfg, "regression"), protocol(lm)
         run.brief = brief
         run.cache = None if cfg.cache is None else Path(cfg.cache)
         if len(store.earlier):
             console.print(f"going on in [bold]{os.path.relpath(folder)}[/bold] after {len(store.earlier)} rows")
-        try:
-            for run.task, task in build(cfg, "task").items():
-                if run.task not in store.tasks:
-                    task(run)
-                    store.commit(run.task)
-            store.commit(finished=True)
-        finally:
-            if not store.flush():
-                raise UserError(f"{folder} cannot be written to (is the disk full?); all rows are in {store.rescue()}")
+        with mirror.of(about(run, cfg, known)):
+            try:
+                for run.task, task in build(cfg, "task").items():
+                    if run.task not in store.tasks:
+                        task(run)
+                        store.commit(run.task)
+                store.commit(finished=True)
+            finally:
+                if not store.flush():
+                    raise UserError(f"{folder} cannot be written to (disk full?); all rows are in {store.rescue()}")
+                mirror.replies(store.frame())
     shutil.rmtree(folder / "state", ignore_errors=True)
     console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
     return run
+
+
+def about(run: Run, cfg: DictConfig, known: Mapping[str, Any]) -> About:
+    """What a tracker is told of a run; `known` is its provenance."""
+    job = HydraConfig.get() if HydraConfig.initialized() else None
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    return About(
+        run_id=run.run_id,
+        folder=run.folder,
+        config=config | {"provenance": known},
+        usual={"model": run.lm.name, "editor": run.editor_name, "layer": run.editor.site.layer, "condition": "edited"},
+        tags=[Path(run.lm.name).name, run.editor_name, cfg.facts._target_.rpartition(".")[2]],
+        experiment=job.runtime.choices["experiment"] if job else None,
+        sweep=Path(job.sweep.dir).name if job and job.mode == RunMode.MULTIRUN else None,
+    )
 
 
 _LOADED: dict[str, tuple[LanguageModel, str]] = {}  # with the hash of its weights

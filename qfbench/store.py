@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from qfbench.errors import UserError
 
+Rows = list[dict[str, Any]]
+
 
 class ParquetStore:
     """Rows of one run in `rows.parquet`, rewritten whole and atomically.
@@ -23,8 +25,8 @@ class ParquetStore:
     folder begins with those rows (`earlier`); what stands behind them is measured again, unless a task recovers it.
     """
 
-    def __init__(self, folder: Path, seconds: float = 30) -> None:
-        """`seconds` is how long to wait between two commits that are not forced."""
+    def __init__(self, folder: Path, seconds: float = 30, mirror: Callable[[Rows], None] = lambda rows: None) -> None:
+        """`seconds` is how long to wait between two commits; `mirror` is shown the rows that each adds, once they are on disk."""
         self.path, self.seconds = folder / "rows.parquet", seconds
         self.journal = folder / "progress.json"
         progress = _progress(folder)
@@ -32,8 +34,9 @@ class ParquetStore:
         self.finished: bool = progress["finished"]
         stored = pd.read_parquet(self.path) if self.path.exists() else pd.DataFrame()
         self.earlier, self._behind = stored[: progress["rows"]], stored[progress["rows"] :]
-        self._rows: list[dict[str, Any]] = self.earlier.to_dict("records")
+        self._rows: Rows = self.earlier.to_dict("records")
         self._last, self._cost = time.monotonic(), 0.0
+        self._mirror, self._mirrored = mirror, 0
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._rows.append(dict(row))
@@ -65,7 +68,13 @@ class ParquetStore:
 
     def flush(self) -> bool:
         """Write all rows; whether that could be done."""
-        return not self._rows or _written(self.path, lambda part: self.frame().to_parquet(part, index=False))
+        if not self._rows:
+            return True
+        if not _written(self.path, lambda part: self.frame().to_parquet(part, index=False)):
+            return False
+        new, self._mirrored = self._rows[self._mirrored :], len(self._rows)
+        self._mirror(new)
+        return True
 
     def rescue(self) -> Path:
         """Write all rows where there may be room: to the folder for temporary files."""

@@ -13,6 +13,7 @@ from qfbench import Fact, LanguageModel, Unsupported, UserError
 from qfbench.delta import WeightDelta
 from qfbench.qft.layer import with_firing_layers
 from qfbench.run import CONF, LOADED, build
+from qfbench.tracking import Tracker
 from qfbench.world.corpus import Dialogue
 
 
@@ -134,6 +135,17 @@ def test_a_regime_yields_what_is_taught_and_a_change(name, xs):
     for n, (taught, delta) in enumerate(steps):
         assert taught[-1] == facts[n]
         assert isinstance(delta, WeightDelta)
+
+
+@pytest.mark.parametrize("name", options("tracker"))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the packages imported here
+def test_a_tracker_tracks_or_says_what_to_install(name):
+    try:
+        tracker = build(composed(f"tracker={name}"), "tracker")
+    except UserError as error:
+        assert str(error) == f"tracker={name} needs {name}: pip install 'qfbench[{name}]'"
+    else:
+        assert tracker is None if name == "none" else isinstance(tracker, Tracker)
 
 
 def dialogues(name, jsonl, seed=0):
