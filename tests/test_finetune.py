@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 from conftest import GEOMETRY
+from hydra.utils import instantiate
+from test_contract import composed
 from test_qf2 import FOUNDER, close, dense, hooks, spoken
 
 from qfbench import LanguageModel, Unsupported, UserError
@@ -465,3 +467,9 @@ def test_a_hyper_parameter_out_of_range_is_refused_by_name(name, value, must):
 def test_hyper_parameters_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         FineTune(1, 0.1, 3).lr = 1.0
+
+
+@pytest.mark.parametrize(("model", "lr", "steps"), [("world-s", 0.01, 50), ("qwen2.5-1.5b-instruct", 5e-4, 25)])
+def test_rate_and_steps_are_the_models_own_where_it_has_some(model, lr, steps):
+    editor = instantiate(composed("editor=finetune", f"model={model}", "editor.layer=1").editor)
+    assert editor == FineTune(1, lr, steps, stop_at=0.01)
