@@ -469,7 +469,7 @@ def test_hyper_parameters_cannot_be_changed():
         FineTune(1, 0.1, 3).lr = 1.0
 
 
-@pytest.mark.parametrize(("model", "lr", "steps"), [("world-s", 0.01, 50), ("qwen2.5-1.5b-instruct", 5e-4, 25)])
+@pytest.mark.parametrize(("model", "lr", "steps"), [("world-s", 0.01, 200), ("qwen2.5-1.5b-instruct", 5e-4, 25)])
 def test_rate_and_steps_are_the_models_own_where_it_has_some(model, lr, steps):
     editor = instantiate(composed("editor=finetune", f"model={model}", "editor.layer=1").editor)
     assert editor == FineTune(1, lr, steps, stop_at=0.01)
