@@ -1,4 +1,4 @@
-"""Which learning rate: single edits at every rate, under every scheme of significance, beside an editor that has no rate."""
+"""Which learning rate: single edits at every rate, under every scheme of other settings, beside an editor that has no rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def learning_rate(
     if not rates or not schemes:
         raise UserError("task.learning_rate: give at least one of rates and one of schemes")
     if "lr" not in {field.name for field in fields(run.editor)}:  # type: ignore[arg-type] # every editor is a dataclass
-        raise UserError(f"{type(run.editor).__name__} has no learning rate; use editor=qf2")
+        raise UserError(f"{type(run.editor).__name__} has no learning rate; use editor=qf2 or finetune")
     facts, always = baseline(run)
     each = range(1, len(facts) + 1)
     with run.progress(len(facts) * (len(rates) * len(schemes) + (reference is not None))) as advance:

@@ -17,6 +17,8 @@ STYLES = {
     "QF protected": ("#009E73", "--", "^"),
     "QF2 sequential": ("#CC79A7", "-.", "D"),
     "QF2 joint": ("#56B4E9", ":", "v"),
+    "FineTune sequential": ("#E69F00", "-", "P"),
+    "FineTune joint": ("#999999", "--", "X"),
 }
 OTHER = ("#000000", "-.", "x")
 
@@ -144,7 +146,7 @@ def bars(table: pd.DataFrame, measures: Sequence[str]) -> Figure:
 
 
 def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:
-    """What single edits teach and keep against the learning rate, a panel per scheme of significance.
+    """What single edits teach and keep against the learning rate, a panel per scheme.
 
     `reference` holds the same measures of another editor, which has no rate: ticks at the right edge of each panel.
     """

@@ -95,6 +95,11 @@ def test_without_rates_or_schemes_there_is_nothing_to_learn(tmp_path, missing):
         learnt(tmp_path, **missing)
 
 
+def test_an_editor_without_a_rate_is_refused_and_told_which_have_one(tmp_path):
+    with pytest.raises(UserError, match="Note has no learning rate; use editor=qf2 or finetune"):
+        learnt(tmp_path, editor=Note())
+
+
 @pytest.mark.parametrize("reference", [None, Note()], ids=["alone", "beside_a_reference"])
 def test_an_editor_that_cannot_run_is_a_row_at_each_rate_and_no_crash(tmp_path, reference):
     """As QF2 on a stock model: what is left is the reference."""
@@ -193,3 +198,28 @@ def test_the_experiment_runs_on_a_folder_with_a_firing_block(firing, tmp_path):
     assert norms.is_unique
     assert norms[2] > norms[1] > norms[3]  # the name counts ten times, once, and alone
     assert set(done.rows("learning_rate").layer.dropna()) == {2}
+
+
+# Fine-tuning, whose schemes are numbers of steps
+
+
+def test_the_experiment_of_fine_tuning_has_schemes_of_its_own(tmp_path):
+    cfg = composed(
+        "experiment=finetune_learning_rate",
+        "model=world-xs",
+        "facts.n=2",
+        "task.learning_rate.rates=[0.002,0.02]",
+    )
+    del cfg.hydra
+    done = execute(cfg, tmp_path / "run", Console(quiet=True))
+    table = pd.read_csv(tmp_path / "run" / "learning_rate.csv").set_index(["scheme", "lr"])
+    schemes = list(cfg.task.learning_rate.schemes)
+    assert list(dict.fromkeys(table.index.get_level_values("scheme"))) == [*schemes, "QF"]
+    assert table.efficacy[schemes[0], 0.002] == 0
+    assert table.efficacy[schemes[-1], 0.02] == 1
+    rows = done.rows("learning_rate")
+    edited = rows[(rows.condition == "edited") & (rows.kind == "edit") & (rows.scheme != "QF")]
+    most = {scheme: settings.steps for scheme, settings in cfg.task.learning_rate.schemes.items()}
+    assert (edited.solve_steps <= edited.scheme.map(most)).all()
+    assert edited.groupby("scheme").solve_steps.max().nunique() > 1
+    assert (edited.solve_loss < 0.01).equals(edited.solve_steps < edited.scheme.map(most))

@@ -1,7 +1,8 @@
 """Editors: each turns facts into a change of weights."""
 
 from qfbench.editors.base import Editor
+from qfbench.editors.finetune import FineTune
 from qfbench.editors.qf import QF
 from qfbench.editors.qf2 import QF2
 
-__all__ = ["QF", "QF2", "Editor"]
+__all__ = ["QF", "QF2", "Editor", "FineTune"]

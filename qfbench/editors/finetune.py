@@ -1,0 +1,131 @@
+"""Fine-tuning: gradient steps on one down-projection; the baseline beside which every editor is to be seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from qfbench.delta import LowRank, WeightDelta
+from qfbench.dialogue import Rendering
+from qfbench.editors.base import Editor
+from qfbench.errors import UserError
+from qfbench.facts.base import Fact
+from qfbench.lm import LanguageModel
+from qfbench.sites import Site
+
+IGNORED = -100  # the target of a position that is not taught, as cross_entropy has it
+
+
+def descend(
+    losses: Callable[[Tensor], Iterable[Tensor]],
+    start: Float[Tensor, "rows cols"],
+    lr: float,
+    steps: int,
+    stop_at: float = 0.0,
+) -> tuple[Float[Tensor, "rows cols"], int, float]:
+    """Adam (Kingma and Ba 2015) from `start`: where it ends, the number of steps taken, and the loss there.
+
+    Ends once the loss is below `stop_at`, or after `steps` steps.
+
+    Args:
+        losses: terms whose sum is the loss; the graph of each is freed before the next is asked for.
+        lr: the learning rate: the first step is lr long in every coordinate that has a gradient.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    at = start.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([at], lr=lr)
+    taken, loss = 0, 0.0
+    for taken in range(steps + 1):
+        if taken:
+            adam.step()
+        adam.zero_grad()
+        loss = 0.0
+        for term in losses(at):
+            term.backward()
+            loss += term.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is not finite after {taken} steps of fine-tuning")
+        if loss < stop_at:
+            break
+    return at.detach(), taken, loss
+
+
+@dataclass(frozen=True)
+class FineTune(Editor):
+    """Fine-tuning of one matrix, the one that QF changes, on the answers alone.
+
+    The loss is the mean cross-entropy per token of the answers and the ends of their turns, without the instruction;
+    prompts are masked, as in FT-M of EasyEdit (zjunlp). All facts are one batch, and their significance is not used. As in
+    FT of ROME (Meng et al. 2022), one matrix is trained by Adam until the loss is below 0.01. There is no weight
+    decay: it would change, and in the end forget, what no fact is about.
+
+    Args:
+        layer: the decoder layer whose `mlp.down_proj` is changed, from 0; stock or firing.
+        lr: the learning rate of Adam.
+        steps: the most steps to take.
+        stop_at: stop once the loss, in nats per token, is below this; 0 never stops.
+    """
+
+    layer: int
+    lr: float
+    steps: int
+    stop_at: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, int):
+            raise UserError(f"editor.layer={self.layer!r}: must be a whole number")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"editor.lr={self.lr}: must be above 0, and finite")
+        if not (isinstance(self.steps, int) and self.steps > 0):
+            raise UserError(f"editor.steps={self.steps!r}: must be a whole number, 1 or more")
+        if not self.stop_at >= 0:
+            raise UserError(f"editor.stop_at={self.stop_at}: must be 0 or more")
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layer, "down_proj")
+
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        name = self.site.weight_name(lm.model)
+        # Detached, so that only what stands above the site is kept for the gradient.
+        fixed = {n: p.detach() for n, p in lm.model.named_parameters()}
+        weight = fixed[name]
+        master = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 would swallow small steps
+        dialogues = [lm.render(fact.query, "", fact.answer) for fact in facts]
+        tokens = sum(len(dialogue.reply) for dialogue in dialogues)
+
+        def losses(change: Tensor) -> Iterator[Tensor]:
+            changed = {name: (weight + change).to(weight.dtype)}  # summed in the wider dtype of the two
+            for at in range(0, len(dialogues), lm.batch_size):
+                yield summed_nll(lm, dialogues[at : at + lm.batch_size], fixed | changed) / tokens
+
+        with torch.enable_grad():
+            start = torch.zeros_like(weight, dtype=master)
+            change, steps, loss = descend(losses, start, self.lr, self.steps, self.stop_at)
+        return WeightDelta({name: LowRank(change)}, {"tokens": float(tokens), "steps": float(steps), "loss": loss})
+
+
+def summed_nll(lm: LanguageModel, dialogues: Sequence[Rendering], weights: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """Nats of all tokens of the answers, the ends of their turns included, in a model that has these `weights`."""
+    targets = [torch.tensor([IGNORED] * (d.answer - 1) + list(d.reply)) for d in dialogues]
+    # Padding stands at the right of causal attention: no mask is needed.
+    ids = pad_sequence([torch.tensor(d.ids[: len(t)]) for d, t in zip(dialogues, targets, strict=True)], True)
+    wanted = pad_sequence(targets, True, IGNORED)
+    kept = (wanted != IGNORED).any(0).nonzero()[:, 0]
+    given = {"input_ids": ids.to(lm.device), "logits_to_keep": kept.to(lm.device), "use_cache": False}
+    with sdpa_kernel(SDPBackend.MATH):  # gradients of the fused kernels are not reproducible on CUDA
+        logits = functional_call(lm.model, weights, kwargs=given).logits
+    return cross_entropy(
+        logits.float().flatten(0, 1), wanted[:, kept].flatten().to(lm.device), ignore_index=IGNORED, reduction="sum"
+    )
