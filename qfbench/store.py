@@ -49,8 +49,8 @@ class ParquetStore:
         return pd.DataFrame(self._rows)
 
     def due(self) -> bool:
-        """Whether it is time to commit: never more than a twentieth of the time goes into it."""
-        return time.monotonic() - self._last >= max(self.seconds, 20 * self._cost)
+        """Whether it is time to commit. Unless that is to be always, no more than a twentieth of the time goes into it."""
+        return not self.seconds or time.monotonic() - self._last >= max(self.seconds, 20 * self._cost)
 
     def commit(self, task: str | None = None, finished: bool = False) -> bool:
         """Write all rows and say that they need not be measured again; `task` is done, or the run `finished`.

@@ -123,7 +123,7 @@ def test_a_tracker_is_shown_the_whole_run_and_changes_no_row(tmp_path, untracked
         assert tables[name].to_csv(index=False) == (done.folder / f"{name}.csv").read_text()
     shown = tables["replies"]
     last = edited[edited.step == 2]
-    assert list(shown.reply[shown.series == "retention_sequential"]) == list(last.reply)
+    assert list(shown.reply[shown.series == "retention_sequential"]) == list(last.reply.dropna())
     assert CALLS[-1] == ("close", True)
 
 
