@@ -136,7 +136,7 @@ def test_points_are_shown_while_the_run_goes_on_and_after_their_rows_are_safe(tm
 
     monkeypatch.setattr(Fake, "log", log)
     run(tmp_path)
-    now = [(0, 0, "in_context"), (0, 0, "in_context"), (1, 1, "edited"), (2, 2, "edited"), (2, 2, "placebo")]
+    now = [(0, 0, "unedited"), (0, 0, "unedited"), (1, 1, "edited"), (2, 2, "edited"), (2, 2, "placebo")]
     assert safe == now
 
 
