@@ -21,6 +21,8 @@ def options(group):
 
 
 def composed(*overrides):
+    """The configuration of a command line; it keeps nothing outside of the run's folder unless told to."""
+    overrides = ("cache=null", *overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose("config", overrides=list(overrides), return_hydra_config=True)
 
