@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.uncertainty import interval
+from qfbench.uncertainty import estimate, interval, paired
 
 
 def test_interval_resamples_whole_facts():
@@ -74,3 +74,70 @@ def test_groups_that_differ_make_an_interval_wider_and_those_that_do_not_leave_i
     shifted = alike + 3 * (orders == 0)
     alone, grouped = (np.ptp(interval(shifted, facts, groups)) for groups in (None, orders))
     assert grouped > 3 * alone
+
+
+def sample(*rows, **more):
+    return pd.DataFrame(rows, columns=["order", "fact_id", "probe", "value"]).assign(**more)
+
+
+OURS = sample((0, "a", "p", 1.0), (0, "b", "p", 0.0), (0, "c", "p", 1.0), (1, "a", "p", 1.0))
+THEIRS = sample(
+    (0, "a", "p", 0.0),
+    (0, "a", "p", 1.0),  # asked again, under another draw
+    (0, "a", "q", 1.0),
+    (0, "b", "p", 1.0),
+    (1, "a", "p", 0.25),
+    (1, "b", "p", 1.0),
+)
+
+
+def test_paired_differences_by_hand():
+    """Draws are averaged; what one side alone was asked (c; the probe q; b in order 1) is left out."""
+    found = paired(OURS, THEIRS)
+    differences = found.set_index(["order", "fact_id", "probe"]).value.to_dict()
+    assert differences == {(0, "a", "p"): 0.5, (0, "b", "p"): -1.0, (1, "a", "p"): 0.75}
+    assert list(found.group) == list(found.order)
+    assert estimate(found)[0] == pytest.approx(0.25 / 3)
+    back = paired(THEIRS, OURS)
+    assert list(back.value) == [-value for value in found.value]
+    shuffled = paired(OURS.iloc[::-1], THEIRS.sample(frac=1, random_state=0))
+    pd.testing.assert_frame_equal(shuffled, found)
+
+
+def test_nothing_in_common_leaves_nothing():
+    assert paired(OURS, THEIRS.assign(fact_id="z")).empty
+
+
+def normal(rng, mean, shared, n=40):
+    values = mean + shared + 0.1 * rng.standard_normal(n)
+    return pd.DataFrame({"value": values, "fact_id": range(n), "probe": "p", "order": 0, "group": 0})
+
+
+def test_a_paired_interval_covers_the_difference_and_is_narrow_where_the_sides_agree():
+    rng, hits, ratios = np.random.default_rng(5), 0, []
+    for _ in range(200):
+        shared = rng.standard_normal(40)
+        ours, theirs = normal(rng, 0.05, shared), normal(rng, 0.0, shared)
+        _, low, high = estimate(paired(ours, theirs))
+        hits += low <= 0.05 <= high
+        apart = sum((np.ptp(estimate(side)[1:])) ** 2 for side in (ours, theirs)) ** 0.5
+        ratios.append((high - low) / apart)
+    assert 0.88 < hits / 200 < 0.99
+    assert max(ratios) < 0.25  # 0.1 of the spread is not shared
+    loose = normal(rng, 0.05, rng.standard_normal(40)), normal(rng, 0.0, rng.standard_normal(40))
+    apart = sum((np.ptp(estimate(side)[1:])) ** 2 for side in loose) ** 0.5
+    assert np.ptp(estimate(paired(*loose))[1:]) > 0.7 * apart  # nothing shared, nothing gained
+
+
+def test_orders_are_the_groups_of_paired_differences():
+    facts = [f"f{n}" for n in range(40)]
+    ours = sample(*((order, fact, "p", float(order == 0)) for order in (0, 1) for fact in facts))
+    theirs = ours.assign(value=1 - ours.value)  # one order each is won
+    assert estimate(paired(ours, theirs)) == (0.0, -1.0, 1.0)
+    as_one = ours.assign(order=0), theirs.assign(order=0)
+    assert estimate(paired(*as_one)) == (0.0, 0.0, 0.0)
+
+
+def test_a_weighted_mean_by_hand():
+    found = estimate(sample((0, "a", "p", 1.0), (0, "b", "p", 3.0), weight=[10, 30], group=0))
+    assert found == (2.5, 1.0, 3.0)
