@@ -173,6 +173,17 @@ def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
     assert command in header
 
 
+@pytest.mark.parametrize("name", options("regression"))
+def test_a_regression_suite_gives_rows_of_its_own_kind(name, xs):
+    suites = build(composed(f"regression=[{name}]"), "regression")
+    for suite in suites.values():
+        rows = suite(xs)
+        assert rows
+        assert all({"kind", "query", "fact_id", "fact_kind"} <= row.keys() for row in rows)
+        assert len({(row["kind"], row["fact_id"]) for row in rows}) == len(rows)
+    assert (name == "none") == (not suites)
+
+
 @pytest.mark.parametrize("name", options("task"))
 def test_a_task_is_named_as_its_file(name):
     assert list(composed(f"task=[{name}]", "experiment=retention").task) == [name]

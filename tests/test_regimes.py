@@ -217,3 +217,20 @@ def test_an_editor_without_a_joint_form_of_its_own_edits_all_facts_so_far_again(
     ids = [f.id for f in facts]
     assert calls == [ids[:1], ids[:2], ids]
     assert [delta.notes["facts"] for delta in taught] == [1, 2, 3]
+
+
+def test_an_edit_carries_a_block_of_keys_for_each_fact_and_knows_the_overlap(tiny, facts):
+    lm, editor = tiny("qwen2"), QF(LAYER)
+    alone = [editor.edit(lm, [fact]).keys for fact in facts]
+    assert [len(keys) for keys in alone] == [1, 1, 1]
+    for regime in (sequential, joint, protected):
+        for n, delta in enumerate(totals(regime, editor, lm, facts), start=1):
+            assert len(delta.keys) == n
+            for key, (own,) in zip(delta.keys, alone, strict=False):
+                assert torch.equal(key, own)  # the keys themselves, not what is left of them when projected
+    assert [len(delta.keys) for delta in totals(single, editor, lm, facts)] == [1, 1, 1]
+    assert editor.edit(lm, [facts[0], facts[0]]).overlap() == pytest.approx(1, abs=1e-6)
+    *_, twice = totals(sequential, editor, lm, [*facts, facts[1]])
+    assert twice.overlap() == pytest.approx(1, abs=1e-6)
+    answers = QF(LAYER, opener=0.0, closer=0.0).edit(lm, facts[:2])
+    assert 0 < answers.overlap() < 1 - 1e-4

@@ -101,6 +101,36 @@ def test_a_model_that_understands_nothing_is_refused(tmp_path):
         taught(tmp_path, deaf=("0", "1", "2"))
 
 
+def test_a_fact_that_is_not_understood_is_taught_where_one_wants_to(tmp_path):
+    console = Console(record=True, width=200)
+    run = prepared(tmp_path, deaf=("1",), console=console)
+    retention(run, {"sequential": sequential}, not_understood="teach")
+    rows = run.rows()
+    edited = rows[rows.condition == "edited"]
+    assert set(edited.fact_id[edited.kind == "edit"]) == {"0", "1", "2"}
+    assert edited.generated[edited.kind == "edit"].all()
+    assert "not_understood: 1 of 3 facts; they are taught all the same" in console.export_text()
+    told = rows[(rows.condition == "in_context") & (rows.kind == "edit")]
+    assert dict(zip(told.fact_id, told.generated, strict=True)) == {"0": True, "1": False, "2": True}
+
+
+def test_where_nothing_is_understood_all_may_be_taught(tmp_path):
+    run = prepared(tmp_path, deaf=("0", "1", "2"))
+    retention(run, {"sequential": sequential}, not_understood="teach")
+    assert set(run.rows().query("condition == 'edited' and kind == 'edit'").fact_id) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    "setting", [{"not_understood": "skip"}, {"placebo": -1}, {"orders": 0}, {"every": 0}, {"not_understood": ""}]
+)
+def test_a_bad_setting_is_named_before_anything_else(tmp_path, setting):
+    ((name, value),) = setting.items()
+    run = prepared(tmp_path)
+    with pytest.raises(UserError, match=rf"task\.retention\.{name}={value}: must be "):
+        retention(run, {"sequential": sequential}, **setting)
+    assert "edited" not in {row.get("condition") for row in run.store.frame().to_dict("records")}
+
+
 @pytest.mark.parametrize("every", [0, -1])
 def test_checkpoints_need_a_positive_distance(tmp_path, every):
     with pytest.raises(UserError, match=f"every={every}"):

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from notebook import prepared, suite, taught
 
 from qfbench import UserError
+from qfbench.delta import WeightDelta
 from qfbench.metrics import matrices
 from qfbench.regimes import joint, sequential, single
 from qfbench.retention import checkpoints, in_order, retention
@@ -92,6 +94,33 @@ def test_a_placebo_is_asked_what_the_last_edit_was_and_has_its_norm(tmp_path):
     assert (pd.read_parquet(tmp_path / "rows.parquet").condition == "placebo").sum() == len(placebo) * 2
     lines = pd.read_csv(tmp_path / "retention.csv")
     assert list(lines["of"][lines.regime == "placebo"]) == ["sequential", "joint"]
+
+
+def placebo_seeds(run, monkeypatch, **settings):
+    seeds, plain = [], WeightDelta.placebo
+    monkeypatch.setattr(WeightDelta, "placebo", lambda self, seed: seeds.append(seed) or plain(self, seed))
+    retention(run, {"sequential": sequential, "single": single}, **settings)
+    return seeds
+
+
+def test_a_placebo_may_be_drawn_more_than_once(tmp_path, monkeypatch):
+    run = prepared(tmp_path)
+    seeds = placebo_seeds(run, monkeypatch, placebo=3, orders=2)
+    assert len(seeds) == len(set(seeds)) == 6
+    rows = run.rows()
+    random, edited = (rows[rows.condition == condition] for condition in ("placebo", "edited"))
+    assert set(zip(random.order, random.draw, strict=True)) == {(o, d) for o in (0, 1) for d in (0, 1, 2)}
+    assert random.groupby(["order", "draw"])["query"].agg(list).nunique() <= 2  # each draw is asked the same
+    assert set(random.regime) == {"sequential"}
+    assert edited.draw.isna().all()
+    assert np.ptp(random.relative_norm) < 1e-6
+    assert len(random) == 3 * (edited.regime.eq("sequential") & edited.step.eq(3)).sum()
+
+
+@pytest.mark.xfail(strict=True, reason="bug: draw 10 of order 0 has the seed of draw 0 of order 1")
+def test_no_two_draws_of_a_placebo_share_a_seed(tmp_path, monkeypatch):
+    seeds = placebo_seeds(prepared(tmp_path), monkeypatch, placebo=11, orders=2)
+    assert len(seeds) == len(set(seeds)) == 22
 
 
 def test_there_is_no_placebo_where_none_is_wanted_and_none_of_single_edits(tmp_path):
