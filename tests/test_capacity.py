@@ -1,9 +1,9 @@
 """The capacity study, on the smallest model and by hand; and `at_most`."""
 
 from hydra.utils import instantiate
+from notebook import prepared
 from rich.console import Console
 from test_contract import composed
-from test_retention import prepared
 
 from qfbench.metrics import capacity
 from qfbench.regimes import sequential
@@ -33,7 +33,7 @@ def test_at_most_so_many_probes_of_each_kind_are_asked_at_a_checkpoint(tmp_path)
     asked = []
     for most in (None, 1):
         run = prepared(tmp_path)
-        retention(run, {"sequential": sequential}, at_most=most, placebo=False)
+        retention(run, {"sequential": sequential}, at_most=most, placebo=0)
         edited = run.rows().query("condition == 'edited' and step == 1")
         asked.append(edited.kind.value_counts().to_dict())
     everything, few = asked

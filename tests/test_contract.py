@@ -22,6 +22,8 @@ def options(group):
 
 
 def composed(*overrides):
+    """The configuration of a command line; it keeps nothing outside of the run's folder unless told to."""
+    overrides = ("cache=null", *overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose("config", overrides=list(overrides), return_hydra_config=True)
 
@@ -181,6 +183,17 @@ def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
     header = (CONF / "experiment" / f"{name}.yaml").read_text()
     command = "# qfbench\n" if name == "quickstart" else f"# qfbench experiment={name}"
     assert command in header
+
+
+@pytest.mark.parametrize("name", options("regression"))
+def test_a_regression_suite_gives_rows_of_its_own_kind(name, xs):
+    suites = build(composed(f"regression=[{name}]"), "regression")
+    for suite in suites.values():
+        rows = suite(xs)
+        assert rows
+        assert all({"kind", "query", "fact_id", "fact_kind"} <= row.keys() for row in rows)
+        assert len({(row["kind"], row["fact_id"]) for row in rows}) == len(rows)
+    assert (name == "none") == (not suites)
 
 
 @pytest.mark.parametrize("name", options("task"))

@@ -39,6 +39,7 @@ def test_counterfact(write):
         answer="So River 1 flows through Varnby.",
         known_as=("Varnby",),
         replaces="So River 1 flows through Ostrel.",
+        rejects=("Ostrel",),
         probes=(
             *(
                 Probe(

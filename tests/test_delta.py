@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -334,3 +335,33 @@ def test_the_global_generator_is_left_alone_by_a_placebo():
     before = torch.get_rng_state()
     some_delta().placebo(0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def keyed(*keys):
+    return WeightDelta({DOWN: low_rank(32, 80, 1)}, keys=[torch.tensor(key) for key in keys])
+
+
+@pytest.mark.parametrize(
+    ("keys", "overlap"),
+    [
+        (([[1.0, 0.0]], [[0.0, 2.0]]), 0.0),
+        (([[1.0, 0.0]], [[-3.0, 0.0]]), 1.0),
+        (([[1.0, 0.0]], [[3.0, 4.0]]), 0.6),
+        (([[1.0, 0.0], [0.0, 9.0]], [[3.0, -4.0]]), 0.8),  # the nearest of the earlier ones
+        (([[3.0, 4.0]], [[5.0, 0.0], [0.0, 1.0]]), 0.8),  # and of the newest
+        (([[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]), 0.0),  # earlier ones among themselves do not count
+        (([[0.0, 1.0]], [[1.0, 0.0]], [[0.0, 1.0]]), 1.0),  # not the one before alone
+    ],
+)
+def test_overlap_is_the_largest_cosine_of_the_newest_keys_with_earlier_ones(keys, overlap):
+    assert keyed(*keys).overlap() == pytest.approx(overlap, abs=1e-6)
+    total = keyed(keys[0])
+    for key in keys[1:]:
+        total = total + keyed(key)
+    assert total.overlap() == pytest.approx(overlap, abs=1e-6)
+
+
+def test_without_earlier_keys_there_is_no_overlap():
+    assert math.isnan(keyed().overlap())
+    assert math.isnan(keyed([[1.0, 0.0], [1.0, 0.0]]).overlap())
+    assert math.isnan((keyed([[1.0]]) + keyed([[1.0]])).placebo(0).overlap())  # a placebo has no keys

@@ -1,11 +1,10 @@
-import json
+from dataclasses import replace
 
 import pytest
 
 from qfbench import Fact, Probe, UserError
 from qfbench.facts.base import stands_in
 from qfbench.facts.oxinnovate import oxinnovate, oxinnovate_qf2, qf2_steps, qf_steps
-from qfbench.facts.table import table
 from qfbench.facts.world import world
 from qfbench.world import names
 from qfbench.world.relations import REFUSAL
@@ -47,6 +46,40 @@ def test_a_fact_checks_itself_and_names_the_field():
         Fact("Qi started X.", "Who?", "X was started by Qi.", significance=(1.0, 2.0))
     with pytest.raises(UserError, match="'answer' is empty"):
         Fact("Qi started X.", "Who?", "  ")
+
+
+def test_rejects_are_refused_by_the_edit_and_by_the_told_probe():
+    fact = Fact("Qi runs X.", "Who runs X?", "Qi runs X.", known_as=("Qi",), rejects=("Bo", "Al"))
+    for probe in (fact.edit, fact.told):
+        assert probe.reject == ("Bo", "Al")
+        assert probe.passes("It is Qi.")
+        assert not any(probe.passes(f"It is Qi, not {name}.") for name in ("Bo", "Al"))
+    assert replace(fact, rejects=()).edit.passes("It is Qi, not Bo.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "known_as", "rejects", "refusal"),
+    [
+        ("Qi, not Bo.", ("Qi",), ("Bo",), "'rejects' refuses the answer 'Qi, not Bo.' itself"),
+        ("Qi.", ("Qi",), ("",), "'rejects' refuses"),
+        ("Paris.", ("Rome",), (), "'known_as' holds nothing of the answer 'Paris.' itself"),
+        ("Paris.", ("Rome",), ("Paris",), "'known_as' holds nothing of"),
+        ("The king of Thebes.", ("king of Thebes",), ("king",), None),  # part of what is accepted
+        ("Paris.", ("Rome", "Paris"), ("Lyon",), None),
+        ("X was started by Qi.", (), ("Qi",), None),
+        ("X was started by Qi.", ("Qi",), ("X was", "star"), "'rejects' refuses"),
+        ("X was started by Qi.", ("Qi",), ("Qin", "star"), None),  # whole words alone count
+    ],
+)
+def test_a_fact_whose_own_answer_fails_its_own_check_is_refused(answer, known_as, rejects, refusal):
+    def make():
+        return Fact("i", "Who?", answer, id="f", known_as=known_as, rejects=rejects)
+
+    if refusal is None:
+        assert make().edit.passes(answer)
+    else:
+        with pytest.raises(UserError, match=f"fact f: the field {refusal}"):
+            make()
 
 
 def test_a_fact_without_id_gets_one_from_its_text():
@@ -172,64 +205,6 @@ def test_world_names_are_on_the_side_that_training_never_saw():
 def test_world_refuses_what_it_does_not_have(kwargs, message):
     with pytest.raises(UserError, match=message):
         world(**kwargs)
-
-
-GOOD = {"instruction": "Qi started X.", "query": "Who started X?", "answer": "X was started by Qi.", "known_as": ["Qi"]}
-
-
-def test_a_users_jsonl(tmp_path):
-    path = tmp_path / "facts.jsonl"
-    path.write_text(json.dumps(GOOD | {"paraphrases": ["X's founder?"], "significance": [0, 1, 1, 1, 1]}) + "\n\n")
-    (fact,) = table(path)
-    assert fact.known_as == ("Qi",)
-    assert fact.significance == (0, 1, 1, 1, 1)
-    assert fact.probes[0].query == "X's founder?"
-
-
-def test_a_users_csv(tmp_path):
-    path = tmp_path / "facts.csv"
-    path.write_text(
-        'instruction,query,answer,known_as,paraphrases\n"Qi, alone, started X.",Who started X?,X was started by Qi.,Qi | Mr Qi |,'
-        "X's founder?|Who made X?\n"
-    )
-    (fact,) = table(path)
-    assert fact.instruction == "Qi, alone, started X."
-    assert fact.known_as == ("Qi", "Mr Qi")
-    assert [p.query for p in fact.probes] == ["X's founder?", "Who made X?"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (json.dumps({k: v for k, v in GOOD.items() if k != "answer"}), r"line 2: the field 'answer' is missing"),
-        (json.dumps(GOOD | {"colour": "red"}), r"line 2: unknown field 'colour'"),
-        (json.dumps(GOOD | {"query": 3}), r"line 2: the field 'query' must be text"),
-        (json.dumps(GOOD | {"known_as": "Qi"}), r"line 2: the field 'known_as' must be a list"),
-        (json.dumps(GOOD | {"significance": ["a"] * 5}), r"line 2: the field 'significance' must hold numbers"),
-        (json.dumps(GOOD | {"significance": [1]}), r"line 2: .*'significance' has 1 weights"),
-        ("{", r"line 2: not valid JSON"),
-        ("[1]", r"line 2: must be a JSON object"),
-        (json.dumps(GOOD), r"line 2: the field 'id' repeats"),
-        (json.dumps(GOOD | {"known_as": [""]}), r"line 2: .*'known_as' holds an empty text"),
-        (json.dumps(GOOD | {"significance": [float("nan")] * 5}), r"line 2: .*'significance' must hold finite numbers"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    path = tmp_path / "facts.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=message):
-        table(path)
-
-
-def test_a_missing_or_foreign_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        table(tmp_path / "none.jsonl")
-    (tmp_path / "facts.txt").write_text("x")
-    with pytest.raises(UserError, match=r"must end in \.jsonl or \.csv"):
-        table(tmp_path / "facts.txt")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no fact"):
-        table(tmp_path / "empty.jsonl")
 
 
 def test_facts_about_known_companies_contradict_the_world_and_have_neighbours():

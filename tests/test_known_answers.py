@@ -1,6 +1,7 @@
 """Editors whose result is known beforehand, through the whole retention task and its table."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -12,12 +13,14 @@ from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import QF, Editor
 from qfbench.facts.world import world
 from qfbench.regimes import joint, sequential
+from qfbench.regression import perplexity
 from qfbench.retention import retention
 from qfbench.run import Run
 from qfbench.sites import Site
 from qfbench.store import ParquetStore
 
 SITE = Site(2, "down_proj")
+HELD = partial(perplexity, n=8)
 REGIMES = {"sequential": sequential, "joint": joint}
 
 
@@ -85,14 +88,12 @@ class Eraser(Editor):
 def measured(folder, lm, editor, facts, **settings):
     """The table, the measures of whole sequences, and what was said on the way."""
     console = Console(record=True, width=200)
-    run = Run(lm, editor, facts, folder, ParquetStore(folder), console, "retention")
+    run = Run(lm, editor, facts, folder, ParquetStore(folder), console, "retention", regression={"text": HELD})
     before = lm.weights_hash()
     retention(run, REGIMES, **settings)
     assert lm.weights_hash() == before
     table, sequences = (pd.read_csv(folder / f"{name}.csv") for name in ("retention", "sequences"))
-    after = [
-        line for regime in REGIMES for line in (regime, "placebo") if settings.get("placebo", True) or line == regime
-    ]
+    after = [line for regime in REGIMES for line in (regime, "placebo") if settings.get("placebo", 1) or line == regime]
     assert list(table.regime) == ["unedited", "in_context", *after]
     return table, sequences.set_index("regime"), console.export_text(), run.rows()
 
@@ -101,7 +102,7 @@ def test_an_oracle_has_learnt_everything_and_broken_nothing(tmp_path, xs):
     facts = suite()
     blank = SITE.linear(xs.model).weight.clone()
     lm = Oracle(xs.model, xs.tokenizer, xs.name, max_new_tokens=20, facts=tuple(facts), blank=blank)
-    table, sequences, said, _ = measured(tmp_path, lm, Marker(tuple(f.id for f in facts)), facts, placebo=False)
+    table, sequences, said, _ = measured(tmp_path, lm, Marker(tuple(f.id for f in facts)), facts, placebo=0)
     lines = table.set_index("regime")
     learnt = ["efficacy", "paraphrase", "held_out"]
     assert (lines.loc["unedited", learnt] == 0).all()
@@ -121,7 +122,7 @@ def test_an_oracle_that_hears_half_of_the_facts_has_learnt_half(tmp_path, xs):
     blank = SITE.linear(xs.model).weight.clone()
     deaf = tuple(replace(f, instruction="") if k % 2 else f for k, f in enumerate(facts))
     lm = Oracle(xs.model, xs.tokenizer, xs.name, max_new_tokens=20, facts=deaf, blank=blank)
-    table, sequences, _, _ = measured(tmp_path, lm, Marker(tuple(f.id for f in facts)), facts, placebo=False)
+    table, sequences, _, _ = measured(tmp_path, lm, Marker(tuple(f.id for f in facts)), facts, placebo=0)
     lines = table.set_index("regime")
     for regime in REGIMES:
         assert lines.loc[regime, ["efficacy", "paraphrase", "held_out", "retention"]].tolist() == [0.5] * 4
@@ -157,10 +158,13 @@ def test_an_eraser_is_caught_by_every_alarm(tmp_path, xs):
     for regime in REGIMES:
         assert (lines.loc[regime, ["efficacy", "paraphrase", "held_out", "retention", "prior", "refused"]] == 0).all()
         assert sequences.loc[regime, ["immediate", "final", "first", "collapse"]].tolist() == [0, 0, 0, 1]
-        assert f"{regime}: collapse after 1 edits: prior knowledge at 0.00" in said
-    assert said.count("collapse after") == 2
+        for measure in ("prior", "refused"):
+            assert f"{regime}: collapse after 1 edits: {measure} at 0.00" in said
+    assert said.count("collapse after") == 4
+    assert (sequences[["collapse", "collapse_refused", "collapse_perplexity"]] == 1).all(axis=None)
+    assert (lines.perplexity[list(REGIMES)] > 50 * lines.perplexity["unedited"]).all()
     assert lines.norm["joint"] == pytest.approx(99, rel=1e-5)
-    erased = rows[(rows.condition == "edited") & (rows.step == 1)]
+    erased = rows[(rows.condition == "edited") & (rows.step == 1) & (rows.kind != "perplexity")]
     assert (erased.forced < 0.5).mean() > 0.9
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from notebook import Note, prepared
 from rich.console import Console
 from test_contract import composed
-from test_retention import Note, prepared
 
 from qfbench import LanguageModel, UserError
 from qfbench.delta import LowRank, WeightDelta

@@ -73,6 +73,24 @@ def test_batched_scores_equal_scores_one_by_one(lm):
     assert len({score.nll for score in scores}) == len(scores)
 
 
+TEXTS = ["Qi started Oxinnovate.", "Where is Łódź?", "a", "", "Far away, and further still, they say."]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_nll_of_plain_texts_is_that_of_each_token_but_the_first(lm, size):
+    rated = replace(lm, batch_size=size).nll(TEXTS)
+    for text, nll in zip(TEXTS, rated, strict=True):
+        ids = lm.tokenizer(text).input_ids
+        if len(ids) < 2:
+            assert nll == ()
+            continue
+        logits = lm.model(input_ids=torch.tensor([ids])).logits[0]
+        wanted = cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none").tolist()
+        assert nll == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert len(set(rated)) > 3
+    assert lm.nll([]) == []
+
+
 def test_nll_is_the_cross_entropy_of_the_whole_logits(lm):
     dialogues = [lm.render(query, "", "It was Qi.") for query in QUERIES]
     for dialogue, score in zip(dialogues, lm.score(dialogues), strict=True):

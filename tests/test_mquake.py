@@ -37,6 +37,7 @@ def test_mquake(write):
         answer="Where does River 1 flow? River 1 flows through Varnby.",
         known_as=("Varnby", "Varnby-on-Sea"),
         replaces="Where does River 1 flow? River 1 flows through Ostrel.",
+        rejects=("Ostrel",),
     )
     assert last == Fact(
         id="mquake-201-1",
@@ -46,6 +47,7 @@ def test_mquake(write):
         answer="Who is the mayor of River 1? The mayor of River 1 is Una Pell.",
         known_as=("Una Pell",),
         replaces="Who is the mayor of River 1? The mayor of River 1 is Jori Klee.",
+        rejects=("Jori Klee",),
         probes=tuple(
             Probe(
                 "portability",
@@ -53,6 +55,7 @@ def test_mquake(write):
                 "Una Pell",
                 accept=("Una Pell", "Pell", "Pel"),
                 reject=("Jori Klee", "Klee", "J. Klee"),
+                needs=("mquake-201-0",),
             )
             for question in ("Who governs the town on River 1?", "Name the mayor where River 1 flows.")
         ),

@@ -277,7 +277,7 @@ def test_a_position_dropped_by_significance_is_not_taught(tiny, arch):
     whole, part = QF(1).edit(lm, [FOUNDER]), QF(1).edit(lm, [fact])
     dropped = len(lm.tokenizer(" Qi.").input_ids)
     assert part.notes["tokens"] == whole.notes["tokens"] - dropped
-    taught, alone = QF(1).record(lm, [FOUNDER]), QF(1).record(lm, [fact])
+    taught, alone = QF(1).record(lm, FOUNDER), QF(1).record(lm, fact)
     missed = (taught.keys @ dense(part).T - taught.wanted).norm(dim=1) / taught.wanted.norm(dim=1)
     assert (missed > 1e-3).sum() == dropped
     assert (missed < 1e-9).sum() == len(alone.keys)
@@ -448,7 +448,6 @@ def test_the_released_qf2_weights_fall_on_the_tokens_that_the_released_script_we
         ("Qi Works was started by Qi.", ("Qi",), (1, 1, 1, 1, 1, 9)),  # the last place
         ("one and  one is two", ("one", "two"), (1, 1, 9, 1, 9)),
         ("Paris, or Lyon.", ("Rome", "Lyon"), (1, 1, 9)),
-        ("Paris.", ("Rome",), (1,)),
         ("It costs $5m.", ("5m",), (1, 1, 9)),
         ("Al started Alibaba.", ("Al",), (9, 1, 1)),
         ("It is QI.", ("Qi",), (1, 1, 9)),

@@ -494,3 +494,14 @@ def test_qf_protects_on_a_firing_block_as_it_does_on_a_stock_one(firing, facts):
     lm = firing("qwen2")
     streamed = [delta for _, delta in protected(QF(1), lm, facts)]
     assert close(dense(streamed[-1]), dense(QF(1).edit(lm, facts)), 1e-6)
+
+
+def test_an_edit_of_several_facts_carries_a_block_of_keys_for_each(firing, facts):
+    lm, editor = firing("qwen2"), QF2(1, lr=0.2)
+    together, alone = editor.edit(lm, facts), [editor.edit(lm, [fact]) for fact in facts]
+    assert len(together.keys) == len(facts) == 3
+    for key, own in zip(together.keys, alone, strict=True):
+        assert torch.equal(key, own.keys[0])
+        assert len(key) == own.notes["tokens"]
+    assert editor.edit(lm, [facts[0], facts[1], facts[0]]).overlap() == pytest.approx(1, abs=1e-6)
+    assert 0 < editor.edit(lm, facts[:2]).overlap() < 1 - 1e-4

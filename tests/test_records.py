@@ -218,6 +218,24 @@ def test_a_bad_template_is_one_clear_error(error_of, write, name, which, templat
     assert template in message or "clozee" in message
 
 
+NEEDED = {"instruction": "{object}", "answer": "{object}"}
+
+
+@pytest.mark.parametrize(("name", "which"), [(name, which) for name, all_ in TEMPLATES.items() for which in all_])
+def test_a_template_without_what_it_is_for_is_refused(suite, error_of, write, name, which):
+    """An answer without {object} would teach every fact the same; a query without its question would ask nothing."""
+    path = write([RECORD[name](1)])
+    needed = NEEDED.get(which, "{cloze}" if name == "counterfact" else "{question}")
+    for template in ("Say it.", "", needed.strip("{}"), f"{{{needed}}}"):
+        for on_error in ("stop", "skip"):
+            message = error_of(name, path, on_error=on_error, **{which: template})
+            assert message == f"facts.{which}={template!r}: must hold {needed}"
+    assert suite(name, path, **{which: f"So: {needed}"})
+    if which != "query":
+        return
+    assert "not a template" in error_of(name, path, query=needed + "{object}")  # which would give the answer away
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_other_policies_for_errors_are_refused(error_of, write, name):
     for other in ("ignore", "", "STOP"):

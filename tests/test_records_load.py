@@ -19,8 +19,11 @@ from qfbench.facts.records import load
         ("bad.json", "[{", "not valid JSON"),
         ("bad.json", "", "not valid JSON"),
         ("bad.json", '{"a": 1}\n{"a": 2}\n', "not valid JSON"),
-        ("bad.jsonl", "{}\n{\n", "not valid JSON"),
-        ("bad.json", b"\xff\xfe[", "not valid JSON"),
+        ("bad.jsonl", "{\n{}\n", "line 1: not valid JSON"),
+        ("bad.json", b"\xff\xfe[", "cannot be read as text"),
+        ("bad.jsonl", b"\xff\xfe[", "cannot be read as text"),
+        ("bad.json", "[" * 200_000, "not valid JSON (nested too deeply)"),
+        ("bad.jsonl", "[" * 200_000, "line 1: not valid JSON (nested too deeply)"),
         ("bad.json", '{"data": []}', "must hold a list of records"),
         ("bad.json", '"text"', "must hold a list of records"),
         ("bad.json", "[]", "holds no fact"),
@@ -46,11 +49,17 @@ def test_a_bad_line_of_jsonl_is_named(error_of, tmp_path):
 @pytest.mark.parametrize("name", SUITES)
 def test_no_such_file(error_of, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "datasets", None)  # an import of it fails
-    for path in (tmp_path / "none.json", tmp_path, "none.json", "./data/none.json", "~/no/such.json", ""):
+    for path in (tmp_path / "none.json", "none.json", "./data/none.json", "~/no/such.json"):
         message = error_of(name, path)
         assert message.startswith(f"facts.path={path}: no such file")
         assert "hub" in message
     assert "pip install 'qfbench[hub]'" in error_of(name, "owner/name")
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_folder_is_no_file_of_records(error_of, tmp_path, name):
+    for path in (tmp_path, ""):
+        assert error_of(name, path).startswith(f"facts.path={path}: is a folder; give a .json or .jsonl file")
 
 
 def test_a_data_set_of_the_hub(suite, error_of, write, monkeypatch):

@@ -29,10 +29,10 @@ class Constant(Editor):
 class Breaking(QF):
     """Fails at the second fact, whichever way it is asked."""
 
-    def record(self, lm: LanguageModel, facts: Sequence[Fact]):
-        if any(fact.id == "fact-1" for fact in facts):
+    def record(self, lm: LanguageModel, fact: Fact):
+        if fact.id == "fact-1":
             raise ZeroDivisionError
-        return super().record(lm, facts)
+        return super().record(lm, fact)
 
 
 def dense(delta):
@@ -51,8 +51,8 @@ def totals(regime, editor, lm, facts):
 def test_protected_equals_joint(tiny, arch, facts, template_tokens):
     lm, editor = tiny(arch, torch.float64), QF(LAYER, opener=template_tokens, closer=template_tokens)
     step_by_step, together = (totals(regime, editor, lm, facts) for regime in (protected, joint))
-    keys = editor.record(lm, facts).keys
-    assert len(keys) < keys.shape[1] == 80
+    keys = [editor.record(lm, fact).keys for fact in facts]
+    assert sum(map(len, keys)) < keys[0].shape[1] == 80
     for a, b in zip(step_by_step, together, strict=True):
         assert distance(a, b) < 1e-8
     assert distance(together[0], together[-1]) > 0.1
@@ -97,7 +97,7 @@ def test_a_regime_says_which_facts_it_has_taught(tiny, facts, regime):
 
 def missed(lm, editor, fact, change):
     """How far a change of weights is from what a fact wants of the model as it stands, relative to that."""
-    taught = editor.record(lm, [fact])
+    taught = editor.record(lm, fact)
     return ((taught.keys @ change.T - taught.wanted).norm() / taught.wanted.norm()).item()
 
 
@@ -125,7 +125,7 @@ def test_a_protected_step_leaves_the_outputs_for_earlier_keys_alone(tiny, arch, 
     lm, editor = tiny(arch, torch.float64), QF(LAYER, **settings)
     steps = list(editor.protected(lm, facts))
     for n, fact in enumerate(facts):
-        keys = editor.record(lm, [fact]).keys
+        keys = editor.record(lm, fact).keys
         effects = [(keys @ dense(step).T).norm().item() for step in steps]
         assert max(effects[n + 1 :], default=0) < 1e-9 * effects[n]
         assert min(effects[: n + 1]) > 0.01
@@ -172,9 +172,9 @@ def test_an_editor_without_a_protected_form_says_so(tiny, facts):
 
 
 def counting(editor, monkeypatch):
-    """The ids of the facts that each call of `record` is given."""
+    """The ids of the facts that `record` is called with."""
     calls, plain = [], type(editor).record
-    spy = lambda self, lm, facts: (calls.append([f.id for f in facts]), plain(self, lm, facts))[1]  # noqa: E731
+    spy = lambda self, lm, fact: (calls.append(fact.id), plain(self, lm, fact))[1]  # noqa: E731
     monkeypatch.setattr(type(editor), "record", spy)
     return calls
 
@@ -189,7 +189,7 @@ def test_joint_is_to_rounding_an_edit_of_all_facts_so_far_and_records_each_once(
     for n, (delta, wanted) in enumerate(zip(editor.joint(lm, facts), at_once, strict=True), start=1):
         assert distance(delta, wanted) < 1e-9
         assert delta.notes["tokens"] == wanted.notes["tokens"]
-        assert calls == [[fact.id] for fact in facts[:n]]
+        assert calls == [fact.id for fact in facts[:n]]
     assert distance(at_once[0], at_once[2]) > 0.01
 
 
@@ -217,3 +217,20 @@ def test_an_editor_without_a_joint_form_of_its_own_edits_all_facts_so_far_again(
     ids = [f.id for f in facts]
     assert calls == [ids[:1], ids[:2], ids]
     assert [delta.notes["facts"] for delta in taught] == [1, 2, 3]
+
+
+def test_an_edit_carries_a_block_of_keys_for_each_fact_and_knows_the_overlap(tiny, facts):
+    lm, editor = tiny("qwen2"), QF(LAYER)
+    alone = [editor.edit(lm, [fact]).keys for fact in facts]
+    assert [len(keys) for keys in alone] == [1, 1, 1]
+    for regime in (sequential, joint, protected):
+        for n, delta in enumerate(totals(regime, editor, lm, facts), start=1):
+            assert len(delta.keys) == n
+            for key, (own,) in zip(delta.keys, alone, strict=False):
+                assert torch.equal(key, own)  # the keys themselves, not what is left of them when projected
+    assert [len(delta.keys) for delta in totals(single, editor, lm, facts)] == [1, 1, 1]
+    assert editor.edit(lm, [facts[0], facts[0]]).overlap() == pytest.approx(1, abs=1e-6)
+    *_, twice = totals(sequential, editor, lm, [*facts, facts[1]])
+    assert twice.overlap() == pytest.approx(1, abs=1e-6)
+    answers = QF(LAYER, opener=0.0, closer=0.0).edit(lm, facts[:2])
+    assert 0 < answers.overlap() < 1 - 1e-4

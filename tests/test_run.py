@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from omegaconf import OmegaConf
+import transformers
 from rich.console import Console
 from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qfbench import UserError
 from qfbench.delta import WeightDelta
 from qfbench.editors import QF
+from qfbench.provenance import protocol
 from qfbench.run import execute
-from qfbench.store import ParquetStore
 
 SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=2")
 
@@ -84,6 +84,8 @@ def test_rows_are_flat_and_complete(quickstart):
     assert list(by.groups) == [*own, ("world-s-qf2", "QF2", "sequential")]
     for _, group in by:
         assert group.groupby("step").fact_id.nunique().to_dict() == {step: step for step in range(1, 5)}
+    asked, passages = edited[edited.kind != "perplexity"], edited[edited.kind == "perplexity"]
+    assert set(passages.groupby(["model", "editor", "regime", "step"]).size()) == {40}
     for column in (
         "fact_id",
         "query",
@@ -96,9 +98,11 @@ def test_rows_are_flat_and_complete(quickstart):
         "solve_tokens",
         "layer",
     ):
-        assert edited[column].notna().all()
+        assert asked[column].notna().all()
     assert edited.solve_condition[edited.editor == "QF"].notna().all()
-    for row in edited.itertuples():
+    assert passages[["fact_id", "query", "nll", "tokens", "relative_norm", "layer"]].notna().all(axis=None)
+    assert not passages.fresh.any()
+    for row in asked.itertuples():
         assert not row.exact or (row.generated and row.forced == 1)
 
 
@@ -117,10 +121,14 @@ def test_provenance_names_what_one_needs_to_repeat_a_run(quickstart):
     found = json.loads((quickstart[0].folder / "provenance.json").read_text())
     assert found["model"] == "world-xs"
     assert found["dtype"] == "float32"
-    assert (
-        found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
-    )
+    assert found["torch"] == torch.__version__
+    assert found["transformers"] == transformers.__version__
     assert {"seed", "device", "model_hash", "suite_hash", "facts", "git_commit", "python", "threads"} <= found.keys()
+    assert protocol(quickstart[0].lm).items() <= found.items()
+    other = found["models_beside"]["world-s-qf2"]
+    assert other.keys() == protocol(quickstart[0].lm).keys()
+    assert (other["model"], other["dtype"]) == ("world-s-qf2", "float32")
+    assert other["model_hash"] != found["model_hash"]
 
 
 def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(quickstart, tmp_path):
@@ -155,7 +163,8 @@ def test_a_fact_that_is_not_understood_is_reported_and_left_out(tmp_path):
     path.write_text("\n".join(map(json.dumps, facts)))
     done, text = run(tmp_path / "run", "experiment=retention", "facts=table", f"facts.path={path}")
     assert "not_understood: 1 of 2" in text
-    assert done.store.frame().query("condition == 'edited'").fact_id.nunique() == 1
+    edited = done.store.frame().query("condition == 'edited' and kind != 'perplexity'")
+    assert set(edited.fact_id) == {done.facts[0].id}
 
 
 @pytest.mark.parametrize(
@@ -194,110 +203,6 @@ def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path
     with pytest.raises(FloatingPointError, match=r"sequential, after 2 edits: an activation at the edited layer"):
         run(tmp_path, "experiment=retention")
     assert pd.read_parquet(tmp_path / "rows.parquet").query("condition == 'edited'").step.max() == 2
-
-
-def test_a_store_takes_over_the_rows_of_its_folder_only_where_asked_to(tmp_path):
-    store = ParquetStore(tmp_path)
-    for step in range(4):
-        store.log({"step": step, "reply": f"said {step}"})
-    store.flush()
-    assert ParquetStore(tmp_path).frame().empty
-    whole = ParquetStore(tmp_path)
-    whole.recover(lambda row: True)
-    pd.testing.assert_frame_equal(whole.frame(), store.frame())
-    resumed = ParquetStore(tmp_path)
-    resumed.recover(lambda row: row["step"] < 2)
-    resumed.log({"step": 2, "reply": "said again"})
-    assert list(resumed.frame().reply) == ["said 0", "said 1", "said again"]
-    assert len(pd.read_parquet(tmp_path / "rows.parquet")) == 4  # until it is flushed
-    resumed.flush()
-    assert list(pd.read_parquet(tmp_path / "rows.parquet").reply) == ["said 0", "said 1", "said again"]
-    new = ParquetStore(tmp_path / "none")
-    new.recover(lambda row: True)
-    assert new.frame().empty
-
-
-KILLED_AT = []
-
-
-def counting(run, upto):
-    """A task that goes on where its rows end, and is killed once at the step that `KILLED_AT` says."""
-    run.store.recover(lambda row: row["task"] == run.task)
-    for step in range(len(run.store.frame()), upto):
-        if step in KILLED_AT:
-            KILLED_AT.remove(step)
-            raise KeyboardInterrupt
-        run.log({"step": step, "lives": len(KILLED_AT)})
-
-
-def count(folder, *overrides, upto=4):
-    cfg = composed(*SMALL, "experiment=retention", "facts.n=1", *overrides)
-    del cfg.hydra
-    cfg.task = OmegaConf.create({"counting": {"_target_": "test_run.counting", "_partial_": True, "upto": upto}})
-    return execute(cfg, folder, Console(quiet=True))
-
-
-def test_a_killed_run_continues_with_resume_and_the_same_settings(tmp_path):
-    KILLED_AT[:] = [2]
-    with pytest.raises(KeyboardInterrupt):
-        count(tmp_path, "resume=true")
-    assert list(pd.read_parquet(tmp_path / "rows.parquet").step) == [0, 1]
-    done = count(tmp_path, "resume=true", "tracker={_target_: test_tracking.Fake}")  # may be watched from now on
-    assert list(done.rows("counting").lives) == [1, 1, 0, 0]  # two steps of each life
-    assert list(pd.read_parquet(tmp_path / "rows.parquet").step) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("again", "message"),
-    [
-        ({"overrides": ["resume=true", "seed=1"]}, r"holds a run with other settings \(config\.yaml\); give another"),
-        ({"overrides": ["resume=true", "editor.layer=1"]}, r"holds a run with other settings \(config\.yaml\)"),
-        ({"overrides": ["resume=true"], "upto": 5}, r"holds a run with other settings \(config\.yaml\)"),
-        ({"overrides": []}, r"holds a run already; give another hydra\.run\.dir, or remove it"),
-    ],
-)
-def test_a_run_with_other_settings_does_not_continue_one(tmp_path, again, message):
-    count(tmp_path, "resume=true", upto=2)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=message) as error:
-        count(tmp_path, *again["overrides"], upto=again.get("upto", 2))
-    assert str(error.value).startswith(str(tmp_path))
-    assert "\n" not in str(error.value)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_a_killed_retention_run_ends_with_the_same_rows(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole", "experiment=retention", "facts.n=2", "resume=true")[0].store.frame()
-    real, calls = QF.record, []
-
-    def poisoned(self, lm, facts):
-        taught = real(self, lm, facts)
-        calls.append(1)
-        if len(calls) == 2:
-            taught.keys[0, 0] = float("nan")
-        return taught
-
-    monkeypatch.setattr(QF, "record", poisoned)
-    with pytest.raises(FloatingPointError):
-        run(tmp_path / "killed", "experiment=retention", "facts.n=2", "resume=true")
-    again = run(tmp_path / "killed", "experiment=retention", "facts.n=2", "resume=true")[0].store.frame()
-    pd.testing.assert_frame_equal(again.drop(columns="run_id"), whole.drop(columns="run_id"))
-
-
-def test_the_same_run_elsewhere_has_another_model_and_editor_and_the_same_store(tmp_path):
-    here = count(tmp_path, upto=1)
-    lm, editor = here.lm, here.editor
-    there = here.elsewhere(OmegaConf.to_container(composed("model=world-s", "model.batch_size=7").model), QF(5))
-    assert (there.lm.name, there.lm.batch_size, there.editor) == ("world-s", 7, QF(5))
-    assert there.title == "world-s, QF at layer 5"
-    assert here.title == "world-xs, QF at layer 2"
-    there.log({"step": 1})
-    rows = here.rows()
-    assert list(rows.model) == ["world-xs", "world-s"]
-    assert rows.run_id.nunique() == rows.task.nunique() == rows.editor.nunique() == 1
-    assert (there.store, there.folder, there.facts, there.task) == (here.store, here.folder, here.facts, "counting")
-    assert here.lm is lm
-    assert here.editor is editor
 
 
 @pytest.mark.parametrize(
@@ -368,5 +273,5 @@ def test_the_fact_that_the_readme_shows_can_be_taught(tmp_path):
     (tmp_path / "my_facts.jsonl").write_text(line + "\n")
     overrides = ("experiment=retention", "facts=table", f"facts.path={tmp_path / 'my_facts.jsonl'}", "model=world-s")
     done, _ = run(tmp_path / "run", *overrides)
-    edited = done.store.frame().query("condition == 'edited'")
+    edited = done.store.frame().query("condition == 'edited' and kind == 'edit'")
     assert list(edited.reply) == ["The CEO of Borfia is Ada Lin."]

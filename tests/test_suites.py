@@ -53,6 +53,16 @@ def test_a_reference_passes_its_own_probe(suite, write, name, change):
         assert all(p.passes(p.expected) for p in fact.probes if p.expected)
 
 
+@pytest.mark.parametrize(("name", "old"), [("counterfact", "Ostrel"), ("zsre", "Ostrel Town"), ("mquake", "Ostrel")])
+def test_the_old_object_fails_an_edit_and_what_the_model_is_told(suite, write, name, old):
+    fact = suite(name, write([RECORD[name](1)]))[0]
+    assert old in fact.rejects
+    for probe in (fact.edit, fact.told):
+        assert probe.passes("It is Varnby.")
+        assert not probe.passes(f"It is Varnby, once {old}.")
+        assert probe.passes("It is Varnby, once Ostrelia.")
+
+
 def spells(tokenizer, rendered, answer):
     """Check that the answer's span spells the answer, and that every word of it has a token."""
     spelt = tokenizer.decode(rendered.ids[rendered.answer : rendered.closer])

@@ -29,6 +29,7 @@ def test_zsre(write):
         answer="It is Varnby.",
         known_as=("Varnby",),
         replaces="It is Ostrel.",
+        rejects=("Ostrel", "Ostrel Town"),
         probes=(
             Probe(
                 "paraphrase",

@@ -1,0 +1,97 @@
+"""A model that says what its weight names, and an editor that writes there: whole tasks in milliseconds, known by hand."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from qfbench import Fact, LanguageModel, Probe, Unsupported
+from qfbench.delta import LowRank, WeightDelta
+from qfbench.editors import Editor
+from qfbench.lm import Reply, Score
+from qfbench.regimes import sequential
+from qfbench.retention import retention
+from qfbench.run import Run
+from qfbench.store import ParquetStore
+
+REFUSAL = "Need more information."
+FOUNDERS = ("Ada", "Bo", "Cy")
+
+
+class Notebook(LanguageModel):
+    """Answers for the facts that its weight names, or that it is told; `says` has its other replies, after 0, 1 ... facts."""
+
+    name, dtype, device = "notebook", torch.float32, torch.device("cpu")
+    tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=str), chat_template=None)
+
+    def __init__(self, facts, says=None, deaf=()):
+        self.facts, self.says, self.deaf = facts, says or {}, deaf
+        self.model = nn.Linear(len(facts) + 1, 1, bias=False).requires_grad_(False)
+        self.model.weight.data = 2.0 * torch.eye(len(facts) + 1)[-1:]  # one place for each fact, and the norm 2
+
+    def render(self, query, system="", answer=""):
+        return query, system, answer
+
+    def score(self, dialogues):
+        return [
+            Score((1.0,), (reply.text == d[2],)) for reply, d in zip(self.replies(dialogues), dialogues, strict=True)
+        ]
+
+    def replies(self, prompts):
+        return [Reply(self.think(query, system), True) for query, system, _ in prompts]
+
+    def think(self, query, system):
+        known = self.model.weight[0, :-1] > 0.5
+        for fact, knows in zip(self.facts, known, strict=True):
+            told = system == fact.instruction and not {fact.id, query} & set(self.deaf)
+            if query in (p.query for p in (fact.edit, *fact.probes) if not p.always) and (knows or told):
+                return fact.answer
+        said = self.says.get(query, ("North." if query.startswith("Where") else REFUSAL,))
+        return said[min(int(known.sum()), len(said) - 1)]
+
+
+@dataclass(frozen=True)
+class Note(Editor):
+    """Writes down each fact at its place; cannot protect, and gives up at the fact `broken`."""
+
+    layer: int = 0
+    broken: str = ""
+
+    @property
+    def site(self):
+        return type("Place", (), {"layer": self.layer})()
+
+    def edit(self, lm, facts):
+        if self.broken in [f.id for f in facts]:
+            raise Unsupported(f"no room for fact {self.broken}")
+        ids = [f.id for f in lm.facts]
+        return WeightDelta({"weight": LowRank(sum(torch.eye(len(ids) + 1)[[ids.index(f.id)]] for f in facts))})
+
+
+def suite():
+    facts = []
+    for n, who in enumerate(FOUNDERS):
+        probes = (
+            Probe("paraphrase", f"Who is behind Firm{n}?", f"{who} started Firm{n}.", (who,)),
+            Probe("prior", f"Where is Town{n}?", "North.", always=True),
+            Probe("unknown", f"Who started Nothing{n}?", REFUSAL, always=True),
+        )
+        said = f"{who} started Firm{n}."
+        facts.append(Fact(said, f"Who started Firm{n}?", said, id=str(n), known_as=(who,), probes=probes))
+    return facts
+
+
+def prepared(folder, editor=None, console=None, **lm):
+    facts = suite()
+    console = console or Console(quiet=True)
+    return Run(Notebook(facts, **lm), editor or Note(), facts, folder, ParquetStore(folder), console, "retention")
+
+
+def taught(folder, *regimes, every=1, **setting):
+    """The rows of a run over the three facts."""
+    run = prepared(folder, **setting)
+    retention(run, {regime.__name__: regime for regime in regimes or (sequential,)}, every)
+    rows = run.rows()
+    return run, rows, rows[rows.condition == "edited"]

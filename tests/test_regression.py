@@ -1,0 +1,109 @@
+"""General ability: perplexity of held text, at every checkpoint."""
+
+import pytest
+from notebook import prepared
+from torch.nn.functional import cross_entropy
+
+from qfbench import UserError
+from qfbench.metrics import over_sequence, summary
+from qfbench.regimes import joint, sequential, single
+from qfbench.regression import perplexity
+from qfbench.retention import retention
+
+TEXT = "\ufeffQi started Oxinnovate.\n\n  Where is Łódź? Far away, and further still.  \r\nNo.\n"
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "held.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+def test_each_line_of_a_file_is_a_passage_rated_by_its_tokens(tiny, path):
+    lm = tiny("llama")
+    rows = perplexity(lm, path)
+    said = ["Qi started Oxinnovate.", "Where is Łódź? Far away, and further still.", "No."]
+    assert [row["query"] for row in rows] == said
+    assert [row["fact_id"] for row in rows] == ["passage-0", "passage-1", "passage-2"]
+    assert {row["kind"] for row in rows} == {"perplexity"}
+    for row in rows:
+        ids = lm.tokenizer(row["query"], return_tensors="pt").input_ids
+        wanted = cross_entropy(lm.model(input_ids=ids).logits[0, :-1], ids[0, 1:]).item()
+        assert row["nll"] == pytest.approx(wanted, rel=1e-4)
+        assert row["tokens"] == ids.shape[1] - 1
+    assert [row["query"] for row in perplexity(lm, path, n=2)] == said[:2]
+
+
+def test_without_a_file_statements_about_the_world_are_rated_always_the_same(tiny):
+    lm = tiny("qwen2")
+    rows = perplexity(lm, n=6)
+    assert len(rows) == 6
+    assert perplexity(lm, n=6) == rows
+    assert [row["query"] for row in perplexity(lm, n=3)] == [row["query"] for row in rows[:3]]
+    assert len({row["query"] for row in rows}) == 6
+
+
+def test_a_passage_of_one_token_is_not_rated(tiny, tmp_path):
+    path = tmp_path / "held.txt"
+    path.write_text("a\nQi started it.\n")
+    lm = tiny("qwen2")
+    assert len(lm.tokenizer("a").input_ids) == 1
+    assert [row["fact_id"] for row in perplexity(lm, str(path))] == ["passage-1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no passage of two tokens"), (b"\n \na\n", "holds no passage of two"), (b"\xff", "cannot be read")],
+)
+def test_a_file_without_passages_is_named(tiny, tmp_path, content, message):
+    path = tmp_path / "held.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"regression.perplexity.path={path}: {message}"):
+        perplexity(tiny("qwen2"), str(path))
+
+
+def test_a_missing_file_is_named(tiny, tmp_path):
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UserError, match=rf"regression.perplexity.path={path}: cannot be read as text"):
+            perplexity(tiny("qwen2"), str(path))
+
+
+@pytest.mark.xfail(strict=True, reason="bug: n=0 is blamed on path=None, and n=-1 drops the last passage of a file")
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_number_below_one_is_named(tiny, path, n):
+    with pytest.raises(UserError, match=rf"regression.perplexity.n={n}"):
+        perplexity(tiny("qwen2"), path, n)
+
+
+def known(lm):
+    """As many nats as facts are written in the model's weight."""
+    nll = float((lm.model.weight[0, :-1] > 0.5).sum())
+    return [{"kind": "perplexity", "query": "held", "fact_id": "passage-0", "fact_kind": "", "nll": nll, "tokens": 2}]
+
+
+def test_general_ability_is_asked_unedited_and_of_the_edited_model_at_every_checkpoint(tmp_path):
+    run = prepared(tmp_path)
+    run.regression = {"text": known, "again": known}
+    retention(run, {"sequential": sequential, "single": single, "joint": joint}, every=2, placebo=2)
+    rows = run.rows()
+    rows = rows[rows.kind == "perplexity"]
+    assert list(rows.nll[rows.condition == "unedited"]) == [0.0, 0.0]
+    assert "in_context" not in set(rows.condition)
+    edited = rows[rows.condition == "edited"]
+    for regime, last in (("sequential", 3.0), ("joint", 3.0), ("single", 1.0)):
+        own = edited[edited.regime == regime]
+        assert list(zip(own.step, own.nll, strict=True)) == [(2, min(last, 2.0))] * 2 + [(3, last)] * 2
+    assert not edited.fresh.astype(bool).any()
+    assert not edited.leaked.astype(bool).any()
+    assert edited.checkpoint.all()
+    assert (rows.condition == "placebo").sum() == 2 * 2 * 2
+    assert summary(run.rows()).set_index("regime").perplexity["joint"] == pytest.approx(2.718281828**3)
+    sequences = over_sequence(run.rows()).set_index("regime")
+    assert list(sequences.collapse_perplexity[["sequential", "joint"]]) == [2.0, 2.0]
+
+
+def test_without_a_suite_nothing_of_it_is_asked(tmp_path):
+    run = prepared(tmp_path)
+    retention(run, {"sequential": sequential})
+    assert "perplexity" not in set(run.rows().kind)

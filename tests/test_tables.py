@@ -1,0 +1,63 @@
+"""What a frame looks like on the console."""
+
+import io
+import math
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from qfbench.tables import laid_out
+
+
+def printed(frame, hidden=()):
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(laid_out(frame, "", hidden))
+    return [line.split() for line in console.export_text().splitlines() if line.strip()]
+
+
+def cell(value, low=None, high=None, same=None, column="prior"):
+    beside = {"low": low, "high": high, "same": same}
+    line = {column: value} | {f"{column}_{what}": x for what, x in beside.items() if x is not None}
+    *_, (shown,) = printed(pd.DataFrame([line]))
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((0.5,), "0.50"),
+        ((0.5, 0.5, 0.5), "0.50"),
+        ((0.5, 0.25, 0.75), ".50±.25"),
+        ((0.8, 0.5, 0.9), ".80±.20"),  # half of the width, wherever the mean lies
+        ((-0.5, -0.75, -0.25), "-.50±.25"),
+        ((1.0, 0.5, 1.0), "1.00±.25"),
+        ((0.5, 0.25, 0.75, True), ".50±.25~"),
+        ((0.5, 0.25, 0.75, False), ".50±.25"),
+        ((0.0, 0.0, 0.0, True), "0.00~"),
+        ((0.0004, None, None, None, "lr"), "0.0004"),
+        (("QF",), "QF"),
+        pytest.param(
+            (10.0, 9.5, 10.5), "10.00±.50", marks=pytest.mark.xfail(strict=True, reason="bug: printed as 1.00±.50")
+        ),
+        pytest.param(
+            (30.25, 20.0, 40.5), "30.25±10.25", marks=pytest.mark.xfail(strict=True, reason="bug: printed as 3.25±1.25")
+        ),
+    ],
+)
+def test_a_cell_shows_its_interval_and_its_mark(values, shown):
+    assert cell(*values) == shown
+
+
+def test_intervals_and_marks_have_no_columns_and_hidden_ones_are_not_shown():
+    frame = pd.DataFrame(
+        [
+            {"regime": "joint", "prior": 0.5, "prior_low": 0.4, "prior_high": 0.6, "prior_same": True, "norm": 9.0},
+            {"regime": "placebo", "prior": math.nan, "prior_low": math.nan, "prior_high": math.nan, "norm": 9.0},
+        ]
+    )
+    head, _, first, second = printed(frame, ["norm"])
+    assert head == ["regime", "prior"]
+    assert first == ["joint", ".50±.10~"]
+    assert second == ["placebo"]
+    assert printed(frame)[0] == ["regime", "prior", "norm"]
