@@ -139,9 +139,9 @@ def bars(table: pd.DataFrame, measures: Sequence[str]) -> Figure:
         label = line["editor"] + (f", {line['model']}" if several else "")
         axes.bar(at, value, width, yerr=spread, color=styles[k % len(styles)][0], label=label, error_kw={"lw": 0.8})
     axes.set_xticks(range(len(shown)), [LABELS.get(name, name) for name in shown])
-    axes.set(ylabel="share (bars: 95%)", ylim=(0, 1.05))
+    axes.set(ylabel="share (lines: 95%)", ylim=(0, 1.05))
     _plain(axes)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=min(3, len(table)))
     return figure
 
 

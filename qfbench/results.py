@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -93,6 +97,46 @@ def retention(*paths: str | Path) -> pd.DataFrame:
     return rows
 
 
+def origin(*paths: str | Path) -> pd.DataFrame:
+    """How the runs in `paths` and below were made: one line per command, with how many runs it gave and where they ran."""
+    lines = []
+    for folder in folders(*paths):
+        known = _provenance(folder)
+        line = {"command": shlex.join(["qfbench", *known["command"]])}
+        lines.append(line | {name: known.get(name) or "" for name in ("model", "device_name", "dtype", "git_commit")})
+    table = pd.DataFrame(lines)
+    return table.groupby(list(table), dropna=False, sort=False).size().reset_index(name="runs")
+
+
+def ship(to: str | Path, *paths: str | Path) -> list[Path]:
+    """Copy the runs in `paths` and below into the new folder `to`, small enough for a repository; returns the copies.
+
+    Every table and figure stays as it is. Left out are the changes of weights, the figures, and of the rows what no measure uses and
+    what does not compress: replies that did not end, and the nats per token (`nll`) of what is not held text.
+
+    Raises:
+        UserError: there is no run, two have the same name, or `to` holds something already.
+    """
+    found, to = folders(*paths), Path(to)
+    if len({folder.name for folder in found}) < len(found):
+        raise UserError(f"{', '.join(map(str, paths))}: holds two runs of the same name")
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{to}: holds something already; remove it first, or give another folder")
+    for folder in found:
+        (to / folder.name).mkdir(parents=True)
+        for name in ("config.yaml", "provenance.json"):
+            shutil.copyfile(folder / name, to / folder.name / name)
+        rows = pd.read_parquet(folder / "rows.parquet")
+        if "reply" in rows:
+            rows["nll"] = rows.nll.where(rows.kind == "perplexity")
+            rows["reply"] = rows.reply.where(rows.stopped.eq(True))
+        table = pyarrow.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata()  # which is 16 kB a file
+        pyarrow.parquet.write_table(
+            table, to / folder.name / "rows.parquet", compression="zstd", compression_level=19, store_schema=False
+        )
+    return [to / folder.name for folder in found]
+
+
 def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) -> pd.DataFrame:
     """What `run` scores beyond `other`, paired by probe and order (`metrics.compared`).
 
@@ -143,17 +187,21 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
 def main() -> None:
     """Entry point of the command."""
     parser = argparse.ArgumentParser(
-        prog="qfbench-results", description="The summary of stored runs, or of two compared."
+        prog="qfbench-results", description="The summary of stored runs, or of two compared, or a small copy of them."
     )
     parser.add_argument("folders", nargs="+", help="folders of runs, or folders that hold some")
     parser.add_argument("--against", help="print the differences from this run, paired by probe and order")
     parser.add_argument(
         "--across", nargs="+", default=[], choices=SAME, help="in what the two runs are meant to differ"
     )
+    parser.add_argument("--ship", metavar="DIR", help="copy the runs into the new folder DIR, small enough for git")
     args = parser.parse_args()
     console = Console()
     try:
-        if args.against:
+        if args.ship:
+            size = sum(path.stat().st_size for run in ship(args.ship, *args.folders) for path in run.iterdir())
+            console.print(f"wrote [bold]{args.ship}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
+        elif args.against:
             frame = pd.concat([compare(folder, args.against, args.across) for folder in folders(*args.folders)])
             title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"
             console.print(laid_out(frame, title, [*HIDDEN, "model_of", "editor_of", "regime_of"]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 # Of the summary, in the CSV only.
@@ -53,7 +54,7 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
     """A table's cell: shares with two decimals and half of their interval's width, rates as they were given."""
     value = line[column]
     if not isinstance(value, float):
-        return str(value)
+        return escape(str(value))
     if math.isnan(value):
         return ""
     if column == "lr":
