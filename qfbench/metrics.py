@@ -222,7 +222,8 @@ def _difference(line: Line, reference: Line) -> dict[str, Any]:
     both = {name: pair for name, pair in both.items() if len(pair)}
     about = {name: who[name] for name in ("model", "editor", "regime")}
     about |= {f"{name}_of": other[name] for name in ("model", "editor", "regime")}
-    about |= {"facts": max((pair.fact_id.nunique() for pair in both.values()), default=0)}
+    asked = [pair.fact_id.nunique() for name, pair in both.items() if name != "perplexity"]  # is of texts, not of facts
+    about |= {"facts": max(asked, default=0)}
     return about | _estimates(both) | {f"{name}_same": _same(pair) for name, pair in both.items()}
 
 

@@ -7,7 +7,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def load(*paths: str | Path) -> pd.DataFrame:
         UserError: there is no run, or a file of one cannot be read.
     """
     found = folders(*paths)
-    table = pd.DataFrame([_settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
+    table = pd.DataFrame([settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
     table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
     names: list[str] = []
     for name in table:
@@ -69,19 +69,23 @@ def load(*paths: str | Path) -> pd.DataFrame:
 def pooled(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame] = summary) -> pd.DataFrame:
     """`metrics.summary` (or another measure) of each combination of settings of several runs, those that differ in `seed`
     taken together: an interval is over facts, orders and seeds."""
+    parts = []
+    for settings, own in groups(rows):
+        frame = measure(own)
+        for place, (name, value) in enumerate(settings.items()):
+            frame.insert(place, name, value)
+        parts.append(frame)
+    return pd.concat(parts, ignore_index=True)
+
+
+def groups(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Each combination of settings but `seed`, with its rows: `order` and `fact_id` tell those of different runs apart."""
     by = [name for name in rows.attrs["settings"] if name != "seed"]
     run = pd.factorize(rows.run)[0]
     order = rows.order.fillna(0) if "order" in rows else 0
     rows = rows.assign(order=1000 * run + order, fact_id=rows.run + " " + rows.fact_id.fillna(""))
-    if not by:
-        return measure(rows)
-    parts = []
-    for key, own in rows.groupby(by, dropna=False):
-        frame = measure(own)
-        for place, (name, value) in enumerate(zip(by, key, strict=True)):
-            frame.insert(place, name, value)
-        parts.append(frame)
-    return pd.concat(parts, ignore_index=True)
+    for key, own in rows.groupby(by, dropna=False) if by else [((), rows)]:
+        yield dict(zip(by, key, strict=True)), own
 
 
 def retention(*paths: str | Path) -> pd.DataFrame:
@@ -144,7 +148,7 @@ def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) ->
         UserError: they were not measured in the same way: a field of `SAME` differs that is not named in `across`.
     """
     (folder,), (reference,) = (_one(path) for path in (run, other))
-    ours, theirs = (_provenance(path) for path in (folder, reference))
+    ours, theirs = (provenance(path) for path in (folder, reference))
     for name in SAME:
         if name not in across and ours.get(name) != theirs.get(name):
             raise UserError(
@@ -161,7 +165,8 @@ def _one(path: str | Path) -> list[Path]:
     return found
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def provenance(folder: Path) -> dict[str, Any]:
+    """What `qfbench.provenance` wrote of a run."""
     path = folder / "provenance.json"
     try:
         known: dict[str, Any] = json.loads(path.read_text())
@@ -170,7 +175,8 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return known
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings(folder: Path) -> dict[str, Any]:
+    """All settings of a run, named as on the command line."""
     path = folder / "config.yaml"
     try:
         return _flat(OmegaConf.to_container(OmegaConf.load(path)))

@@ -1,15 +1,18 @@
-"""Frames of measures as tables for the console."""
+"""Frames of measures as tables, for the console and for pages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+
+from qfbench.metrics import MEASURES
 
 # Of the summary, in the CSV only.
 HIDDEN = (
@@ -64,3 +67,45 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
     if width:
         text = f"{text}±{width:.2f}".replace("0.", ".")
     return text + "~" * (line.get(f"{column}_same") is True)
+
+
+TWO_DECIMALS = {*MEASURES, "immediate", "final", "forgetting"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    number: bool = False
+    interval: str = ""
+    same: bool = False  # cannot be told from no difference
+
+
+def tabled(frame: pd.DataFrame, hidden: Collection[str] = ()) -> dict[str, Any]:
+    """A frame as the template shows it: intervals and marks go into the cell of their column."""
+    beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
+    names = [str(column) for column in frame if column not in {*hidden, *beside}]
+    lines = [[cell(name, line) for name in names] for line in frame.to_dict("records")]
+    return {"names": names, "lines": lines}
+
+
+def cell(name: str, line: Mapping[str, Any]) -> Cell:
+    value = line[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return Cell("" if value is None else str(value))
+    if math.isnan(value):
+        return Cell("", number=True)
+    write: Callable[[float], str] = "{:z.2f}".format if name in TWO_DECIMALS else _short
+    low, high = (line.get(f"{name}_{side}", value) for side in ("low", "high"))
+    text, interval = write(value), ""
+    if high > low:
+        text += f" ± {write((high - low) / 2)}"
+        interval = f"95%: {write(low)} to {write(high)}".replace("-", "−")
+    return Cell(text.replace("-", "−"), True, interval, line.get(f"{name}_same") is True)
+
+
+def _short(value: float) -> str:
+    if math.isinf(value):
+        return "∞"
+    if value == round(value) and abs(value) < 1e6:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".")

@@ -1,0 +1,48 @@
+"""What columns and lines of tables mean, in plain words."""
+
+from qfbench.metrics import KEPT
+
+COLUMNS = {
+    "efficacy": "taught queries answered right after their own edit",
+    "paraphrase": "the same in other wordings",
+    "held_out": "the same in wordings that the training of a built-in model never used",
+    "portability": "what follows from a fact (two hops, inverse), right after the edit",
+    "forced": "share of the answer's tokens that are right when the answer itself is fed in: what most harnesses report",
+    "inflation": "forced − efficacy: by how much that overstates",
+    "preferred": "the new answer has fewer nats per token than the old one",
+    "retention": "all taught queries, answered after the last edit",
+    "prior": "what the unedited model knew, still answered after the last edit (single: after each)",
+    "locality": "neighbours of taught facts: still answered as before",
+    "locality_gold": "neighbours: the reply names what the suite holds to be true",
+    "locality_preferred": "neighbours: the right reply has fewer nats per token than the taught one",
+    "refused": "subjects nobody taught: still refused as before",
+    "leakage": "the same subjects: answered with something that was taught (lower is better)",
+    "perplexity": "of held text (lower is better; in the differences, a ratio)",
+    "norm": "size of the change: ‖ΔW‖ / ‖W‖ of the changed weights",
+    "facts": "how many facts both sides were asked about",
+    "against": "what the differences are from",
+    "immediate": "mean of R[k, k], result on each fact right after its own edit",
+    "final": "mean of R[N, k], result on each fact after the last of N edits",
+    "forgetting": "what facts have lost since they were known best: mean over k of max R[n, k] − R[N, k]",
+    "half_life": "after how many further edits facts are answered half as often (empty: never)",
+    "first": "after how many edits the first fact was last answered",
+    "collapse": "the edit after which prior knowledge is under half of its start (empty: never)",
+    **{f"collapse_{name}": f"the same of {name}" for name in KEPT.values() if name != "prior"},
+    "collapse_perplexity": "the edit after which perplexity is over twice its start (empty: never)",
+    "edits": "edits so far",
+    "relative_norm": "‖ΔW‖ / ‖W‖ of the changed weights, Frobenius norms",
+    "top": "largest singular value of ΔW over ‖W‖",
+    "overlap": "largest overlap of the newest keys with those of earlier edits (1: they are the same directions)",
+    "rounding_loss": "share of ΔW that is lost when it is written in the model's number format",
+    "solve_condition": "condition number of the solve",
+    "solve_residual": "how far the solution misses its targets (0: each is met)",
+}
+LINES = {
+    "unedited": "the model before any edit: the floor",
+    "in_context": "the unedited model with the fact's instruction in its prompt: the ceiling",
+    "single": "each fact alone, from the unedited model",
+    "sequential": "each fact on what the edits before it left",
+    "joint": "all facts so far, solved together",
+    "protected": "each fact kept out of the way of the earlier ones",
+    "placebo": "a random change of the same rank and size: what such a change does by itself",
+}
