@@ -67,32 +67,32 @@ def test_parts_of_a_list_in_a_csv_may_be_blank(tmp_path):
 
 
 BAD = [
-    ({k: v for k, v in GOOD.items() if k != "answer"}, r"line 2: the field 'answer' is missing"),
-    (GOOD | {"colour": "red"}, r"line 2: unknown field 'colour'"),
-    (GOOD | {"query": 3}, r"line 2: the field 'query' must be text"),
-    (GOOD | {"known_as": "Qi"}, r"line 2: the field 'known_as' must be a list"),
-    (GOOD | {"significance": ["a"] * 5}, r"line 2: the field 'significance' must hold numbers"),
-    (GOOD | {"significance": [1]}, r"line 2: .*'significance' has 1 weights"),
-    ("{", r"line 2: not valid JSON \("),
-    ("[" * 200_000, r"line 2: not valid JSON \(nested too deeply\)"),
-    ([1], r"line 2: must be a JSON object"),
-    (numbered(0), r"line 2: repeats the fact 'x0'"),
-    (GOOD | {"known_as": [""]}, r"line 2: .*'known_as' holds an empty text"),
-    (GOOD | {"known_as": ["Bo"]}, r"line 2: .*'known_as' holds nothing of the answer"),
-    (GOOD | {"rejects": ["started"]}, r"line 2: .*'rejects' refuses the answer"),
-    (GOOD | {"significance": [float("nan")] * 5}, r"line 2: .*'significance' must hold finite numbers"),
+    ({k: v for k, v in GOOD.items() if k != "answer"}, r"line 3: the field 'answer' is missing"),
+    (GOOD | {"colour": "red"}, r"line 3: unknown field 'colour'"),
+    (GOOD | {"query": 3}, r"line 3: the field 'query' must be text"),
+    (GOOD | {"known_as": "Qi"}, r"line 3: the field 'known_as' must be a list"),
+    (GOOD | {"significance": ["a"] * 5}, r"line 3: the field 'significance' must hold numbers"),
+    (GOOD | {"significance": [1]}, r"line 3: .*'significance' has 1 weights"),
+    ("{", r"line 3: not valid JSON \("),
+    ("[" * 200_000, r"line 3: not valid JSON \(nested too deeply\)"),
+    ([1], r"line 3: must be a JSON object"),
+    (numbered(0), r"line 3: repeats the fact 'x0'"),
+    (GOOD | {"known_as": [""]}, r"line 3: .*'known_as' holds an empty text"),
+    (GOOD | {"known_as": ["Bo"]}, r"line 3: .*'known_as' holds nothing of the answer"),
+    (GOOD | {"rejects": ["started"]}, r"line 3: .*'rejects' refuses the answer"),
+    (GOOD | {"significance": [float("nan")] * 5}, r"line 3: .*'significance' must hold finite numbers"),
 ]
 
 
 @pytest.mark.parametrize(("record", "message"), BAD)
 def test_a_bad_line_is_named_or_left_out(tmp_path, caplog, record, message):
-    path = written(tmp_path, [numbered(0), record, "", numbered(1)])
+    path = written(tmp_path, [numbered(0), "", record, numbered(1)])
     with pytest.raises(UserError, match=rf"{path}, {message}.*facts\.on_error=skip"):
         table(path)
     assert [f.id for f in table(path, on_error="skip")] == ["x0", "x1"]
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
-    assert warning.message.startswith(f"{path}: 1 malformed records are left out; the first: {path}, line 2")
+    assert warning.message.startswith(f"{path}: 1 malformed records are left out; the first: {path}, line 3")
 
 
 @pytest.mark.parametrize(
