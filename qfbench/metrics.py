@@ -236,7 +236,7 @@ def _lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, pd.Da
             if len(asked):
                 yield who | {"regime": condition}, {"fresh": asked, "kept": asked}
         edited = own[own.condition.isin(["edited", "placebo"])]
-        for (regime, condition), group in edited.groupby(["regime", "condition"], sort=False):
+        for (regime, condition), group in edited.groupby(["regime", "condition"], sort=False) if len(edited) else ():
             accumulates = (group.taught == group.step).all()
             last = _last(group) if accumulates else group
             parts = {"kept": last} | ({"taught": last} if accumulates else {})

@@ -21,6 +21,8 @@ def perplexity(lm: LanguageModel, path: str | None = None, n: int = 40) -> list[
     Raises:
         UserError: the file cannot be read, or holds no passage of two tokens.
     """
+    if n < 1:
+        raise UserError(f"regression.perplexity.n={n}: must be 1 or more")
     passages = _statements(n) if path is None else _lines(path)[:n]
     rows: list[Row] = []
     for k, (passage, nll) in enumerate(zip(passages, lm.nll(passages), strict=True)):

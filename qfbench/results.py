@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 from omegaconf import OmegaConf
 from rich.console import Console
+from yaml import YAMLError
 
 from qfbench.errors import UserError
 from qfbench.metrics import compared, summary
@@ -38,8 +39,9 @@ def folders(*paths: str | Path) -> list[Path]:
 def load(*paths: str | Path) -> pd.DataFrame:
     """The rows of all runs in `paths` and below, as one frame.
 
-    Column `run` is a run's folder; each setting that tells runs apart is a column, named as on the command line
-    (`editor.layer`), and stands in the frame's `attrs["settings"]`. A setting that follows from others is left out.
+    Column `run` is a run's folder; each setting in which runs differ is a column, named as on the command line
+    (`editor.layer`). The frame's `attrs["settings"]` names those that it takes to tell the runs apart: none that follows
+    from others (`facts.seed` from `seed`).
 
     Raises:
         UserError: there is no run, or a file of one cannot be read.
@@ -47,10 +49,11 @@ def load(*paths: str | Path) -> pd.DataFrame:
     found = folders(*paths)
     table = pd.DataFrame([settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
     table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
+    differ = [name for name in table if table[name].astype(str).nunique() > 1]
     names: list[str] = []
-    for name in table:
-        if len(table[[*names, name]].astype(str).drop_duplicates()) > len(
-            table[names].astype(str).drop_duplicates() if names else [0]
+    for name in differ:
+        if table[[*names, name]].astype(str).value_counts().size > (
+            table[names].astype(str).value_counts().size if names else 1
         ):
             names.append(name)
     parts = []
@@ -59,7 +62,7 @@ def load(*paths: str | Path) -> pd.DataFrame:
             rows = pd.read_parquet(folder / "rows.parquet")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / 'rows.parquet'}: cannot be read ({error})") from error
-        parts.append(rows.assign(run=str(folder), **{name: table.loc[str(folder), name] for name in names}))
+        parts.append(rows.assign(run=str(folder), **{name: table.loc[str(folder), name] for name in differ}))
     rows = pd.concat(parts, ignore_index=True)
     rows = rows.infer_objects()
     rows.attrs["settings"] = names
@@ -105,7 +108,7 @@ def origin(*paths: str | Path) -> pd.DataFrame:
     """How the runs in `paths` and below were made: one line per command, with how many runs it gave and where they ran."""
     lines = []
     for folder in folders(*paths):
-        known = _provenance(folder)
+        known = provenance(folder)
         line = {"command": shlex.join(["qfbench", *known["command"]])}
         lines.append(line | {name: known.get(name) or "" for name in ("model", "device_name", "dtype", "git_commit")})
     table = pd.DataFrame(lines)
@@ -169,9 +172,11 @@ def provenance(folder: Path) -> dict[str, Any]:
     """What `qfbench.provenance` wrote of a run."""
     path = folder / "provenance.json"
     try:
-        known: dict[str, Any] = json.loads(path.read_text())
+        known = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: cannot be read (must be an object)")
     return known
 
 
@@ -180,7 +185,7 @@ def settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     try:
         return _flat(OmegaConf.to_container(OmegaConf.load(path)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 

@@ -221,7 +221,7 @@ def teach(
         for draw in range(placebo if done and sequence else 0):
             if draw in draws:
                 continue
-            other, last = total.placebo(seed=1000 * about.get("order", 0) + 100 * draw), done == len(facts)
+            other, last = total.placebo(seed=1_000_000 * about.get("order", 0) + 1000 * draw), done == len(facts)
             check(run, name, about | {"draw": draw}, done, taught, other, always, True, last, condition="placebo")
             run.commit(file, done, total)
     except Unsupported as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
     text = f"{value:.2f}"
     width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
     if width:
-        text = f"{text}±{width:.2f}".replace("0.", ".")
+        text = re.sub(r"(?<!\d)0\.", ".", f"{text}±{width:.2f}")
     return text + "~" * (line.get(f"{column}_same") is True)
 
 

@@ -56,5 +56,6 @@ def paired(sample: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     further edits) is averaged first, and what only one side was asked is left out.
     """
     key = ["order", "fact_id", "probe"]
-    a, b = (part.groupby(key).value.mean() for part in (sample, other))
-    return (a - b).dropna().reset_index().assign(group=lambda both: both.order)
+    a, b = (part.groupby(key)[list(part.columns.intersection(["value", "weight"]))].mean() for part in (sample, other))
+    both = a.assign(value=a.value - b.value).dropna().reset_index()
+    return both.assign(group=both.order)

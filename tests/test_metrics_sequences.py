@@ -86,7 +86,6 @@ def test_each_sequence_has_a_matrix_of_its_own_and_single_edits_and_other_condit
     assert matrices(rows[rows.condition != "edited"]) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the first of single edits has taught == step, as if it were a sequence")
 @pytest.mark.parametrize("measure", [matrices, over_sequence, forgetting])
 def test_single_edits_are_no_sequence(measure):
     single = sequence([[1, None], [1, 1]], "xy", regime="single").assign(taught=1, checkpoint=True)

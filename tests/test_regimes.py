@@ -193,18 +193,6 @@ def test_joint_is_to_rounding_an_edit_of_all_facts_so_far_and_records_each_once(
     assert distance(at_once[0], at_once[2]) > 0.01
 
 
-def test_joint_asks_for_one_fact_at_a_time(tiny, facts):
-    """An endless source of facts can be taught: nothing is read ahead."""
-
-    def source():
-        yield facts[0]
-        yield facts[1]
-        pytest.fail("read ahead")
-
-    steps = QF(LAYER).joint(tiny("qwen2"), source())
-    assert next(steps).notes["tokens"] < next(steps).notes["tokens"]
-
-
 def test_an_editor_without_a_joint_form_of_its_own_edits_all_facts_so_far_again(tiny, facts):
     calls = []
 

@@ -69,7 +69,6 @@ def test_a_missing_file_is_named(tiny, tmp_path):
             perplexity(tiny("qwen2"), str(path))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: n=0 is blamed on path=None, and n=-1 drops the last passage of a file")
 @pytest.mark.parametrize("n", [0, -1])
 def test_a_number_below_one_is_named(tiny, path, n):
     with pytest.raises(UserError, match=rf"regression.perplexity.n={n}"):

@@ -37,6 +37,7 @@ def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(l
         for n, (path, editor, regime) in enumerate(entrants)
     }
     retention(run, {"sequential": sequential, "joint": joint}, beside=beside)
+    run.store.flush()
     return run.rows()
 
 

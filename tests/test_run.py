@@ -249,8 +249,8 @@ def test_a_sweep_keeps_each_job_in_a_folder_of_its_own(tmp_path):
     command = [sys.executable, "-m", "qfbench.run", "-m", "experiment=retention", "model=world-xs", "facts.n=1"]
     done = subprocess.run([*command, "editor.layer=1,2"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    frames = [pd.read_parquet(path) for path in sorted(tmp_path.glob("outputs/retention/*-sweep/*/rows.parquet"))]
-    assert [frame.layer.max() for frame in frames] == [1, 2]
+    frames = [pd.read_parquet(path) for path in sorted(tmp_path.glob("outputs/retention/world-xs-qf-*/rows.parquet"))]
+    assert sorted(frame.layer.max() for frame in frames) == [1, 2]
     assert len({frame.run_id.iloc[0] for frame in frames}) == 2
 
 

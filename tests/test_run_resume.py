@@ -59,10 +59,10 @@ def count(folder, *overrides, upto=4):
 def test_a_killed_run_continues_with_resume_and_the_same_settings(tmp_path):
     KILLED_AT[:] = [2]
     with pytest.raises(KeyboardInterrupt):
-        count(tmp_path, "resume=true")
+        count(tmp_path)
     assert list(pd.read_parquet(tmp_path / "rows.parquet").step) == [0, 1]
     settings = (tmp_path / "config.yaml").read_text()
-    done = count(tmp_path, "resume=true")
+    done = count(tmp_path)
     assert list(done.rows("counting").lives) == [1, 1, 0, 0]  # two steps of each life
     assert list(pd.read_parquet(tmp_path / "rows.parquet").step) == [0, 1, 2, 3]
     assert (tmp_path / "config.yaml").read_text() == settings
@@ -71,14 +71,13 @@ def test_a_killed_run_continues_with_resume_and_the_same_settings(tmp_path):
 @pytest.mark.parametrize(
     ("again", "message"),
     [
-        ({"overrides": ["resume=true", "seed=1"]}, r"holds a run with other settings \(config\.yaml\); give another"),
-        ({"overrides": ["resume=true", "editor.layer=1"]}, r"holds a run with other settings \(config\.yaml\)"),
-        ({"overrides": ["resume=true"], "upto": 5}, r"holds a run with other settings \(config\.yaml\)"),
-        ({"overrides": []}, r"holds a run already; give another hydra\.run\.dir, or remove it"),
+        ({"overrides": ["seed=1"]}, r"holds a run with other settings \(config\.yaml\); give another"),
+        ({"overrides": ["editor.layer=1"]}, r"holds a run with other settings \(config\.yaml\)"),
+        ({"overrides": [], "upto": 5}, r"holds a run with other settings \(config\.yaml\)"),
     ],
 )
 def test_a_run_with_other_settings_does_not_continue_one(tmp_path, again, message):
-    count(tmp_path, "resume=true", upto=2)
+    count(tmp_path, upto=2)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(UserError, match=message) as error:
         count(tmp_path, *again["overrides"], upto=again.get("upto", 2))
@@ -88,11 +87,11 @@ def test_a_run_with_other_settings_does_not_continue_one(tmp_path, again, messag
 
 
 def test_a_killed_retention_run_ends_with_the_same_rows(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole", "experiment=retention", "facts.n=2", "resume=true")[0].store.frame()
+    whole = run(tmp_path / "whole", "experiment=retention", "facts.n=2")[0].store.frame()
     real, calls = QF.record, []
 
-    def poisoned(self, lm, facts):
-        taught = real(self, lm, facts)
+    def poisoned(self, lm, fact):
+        taught = real(self, lm, fact)
         calls.append(1)
         if len(calls) == 2:
             taught.keys[0, 0] = float("nan")
@@ -100,8 +99,8 @@ def test_a_killed_retention_run_ends_with_the_same_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(QF, "record", poisoned)
     with pytest.raises(FloatingPointError):
-        run(tmp_path / "killed", "experiment=retention", "facts.n=2", "resume=true")
-    again = run(tmp_path / "killed", "experiment=retention", "facts.n=2", "resume=true")[0].store.frame()
+        run(tmp_path / "killed", "experiment=retention", "facts.n=2")
+    again = run(tmp_path / "killed", "experiment=retention", "facts.n=2")[0].store.frame()
     pd.testing.assert_frame_equal(again.drop(columns="run_id"), whole.drop(columns="run_id"))
 
 
@@ -109,10 +108,9 @@ def test_rows_that_a_folder_holds_are_not_overwritten(tmp_path):
     path = tmp_path / "rows.parquet"
     pd.DataFrame({"reply": ["earlier"]}).to_parquet(path)
     before = hashlib.sha256(path.read_bytes()).hexdigest()
-    cfg = OmegaConf.create({"seed": 0, "threads": 2, "resume": False})
-    with pytest.raises(UserError, match=rf"{tmp_path} holds a run already; give another hydra.run.dir"):
-        execute(cfg, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
+    with pytest.raises(UserError, match=rf"{tmp_path} holds a run with other settings .*; give another hydra.run.dir"):
+        count(tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["rows.parquet"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
 
 

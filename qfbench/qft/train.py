@@ -6,11 +6,13 @@ its neighbours train, all else is frozen.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -117,13 +119,16 @@ def convert(
     base, before = run.lm, abilities(run.lm) if abilities else {}
     converted, changed = train(run, conversion, texts, every)
     stored = AutoConfig.from_pretrained(find(base.name)).dtype or torch.float32
-    converted.model.to(stored)  # type: ignore[arg-type] # mistyped
+    # A copy: what the base shares with it, buffers too, stays as it is.
+    model: Any = copy.deepcopy(converted.model)
+    model.to(stored)
     folder = run.folder / save
     if save == "difference":
         local = (Path(base.name) / "config.json").exists()  # elsewhere a relative path would mean another folder
-        difference.save(converted.model, str(Path(base.name).resolve()) if local else base.name, changed, folder)
+        tensors = {name: model.get_parameter(name) for name in changed}
+        difference.save(model, str(Path(base.name).resolve()) if local else base.name, tensors, folder)
     else:
-        converted.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
     recipe = {"base": base.name, **asdict(conversion)}
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
