@@ -49,12 +49,11 @@ def load(*paths: str | Path) -> pd.DataFrame:
     found = folders(*paths)
     table = pd.DataFrame([settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
     table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
-    differ = [name for name in table if table[name].astype(str).nunique() > 1]
+    text = table.map(repr)
+    differ = [name for name in table if text[name].nunique() > 1]
     names: list[str] = []
     for name in differ:
-        if table[[*names, name]].astype(str).value_counts().size > (
-            table[names].astype(str).value_counts().size if names else 1
-        ):
+        if len(text[[*names, name]].drop_duplicates()) > (len(text[names].drop_duplicates()) if names else 1):
             names.append(name)
     parts = []
     for folder in found:

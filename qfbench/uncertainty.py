@@ -57,5 +57,5 @@ def paired(sample: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """
     key = ["order", "fact_id", "probe"]
     a, b = (part.groupby(key)[list(part.columns.intersection(["value", "weight"]))].mean() for part in (sample, other))
-    both = a.assign(value=a.value - b.value).dropna().reset_index()
+    both = ((a + b) / 2).assign(value=a.value - b.value).dropna().reset_index()
     return both.assign(group=both.order)
