@@ -21,6 +21,7 @@ STYLES = {
     "FineTune joint": ("#999999", "--", "X"),
 }
 OTHER = ("#000000", "-.", "x")
+OTHERS = (OTHER, ("#555555", ":", "*"), ("#8c6d31", "--", "d"), ("#17324d", "-", "<"))  # in turn
 
 
 def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
@@ -30,10 +31,12 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     kept, prior = figure.subplots(1, 2, sharey=True)
+    others = 0
     for (model, editor, regime), curve in curves.groupby(["model", "editor", "regime"], sort=False):
         name = f"{editor} {regime}"
         label = name if curves.model.nunique() == 1 else f"{name}, {model}"
-        colour, line, marker = STYLES.get(name, OTHER)
+        colour, line, marker = STYLES.get(name) or OTHERS[others % len(OTHERS)]
+        others += name not in STYLES
         kept.plot(curve.step, curve["mean"], color=colour, ls=line, marker=marker, ms=3.5, label=label)
         kept.fill_between(curve.step, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
         own = rows[(rows.model == model) & (rows.editor == editor) & (rows.regime == regime)]
@@ -46,7 +49,7 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         axes.set(xlabel="edits", ylim=(-0.03, 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)
-    kept.set(title="taught facts still answered (band: 95% over facts)")
+    kept.set(title="taught facts still answered (band: 95%)")
     labels = kept.get_legend_handles_labels()
     figure.legend(*labels, frameon=False, loc="outside upper center", ncols=min(3, len(labels[1])))
     return figure

@@ -40,6 +40,8 @@ class Study:
 
 def layer_ablation(rows: pd.DataFrame) -> Study:
     """What each layer teaches and keeps, each fact alone and all in sequence, and each kind of knowledge apart."""
+    rows.attrs["settings"] = list(dict.fromkeys([*rows.attrs["settings"], "editor.layer"]))
+    rows = rows.assign(**{"editor.layer": rows.layer.groupby(rows.run).transform("max").astype(int)})
     table = results.pooled(rows)
     table = table[table.regime.isin(["single", "sequential"])]
     kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
@@ -90,8 +92,9 @@ class AtTheEnd(Callback):
         folder, console = Path(config.hydra.sweep.dir), Console()
         swept = set(config.hydra.sweeper.params or {})
         base = _others(config.hydra.overrides.task, swept)
-        runs = [f for f in results.folders(folder) if _others(_overrides(f), swept) == base]
-        if runs:
+        runs = [path.parent for path in sorted(folder.glob("*/retention.csv"))]
+        runs = [run for run in runs if _others(_overrides(run), swept) == base]
+        if len(runs) > 1:
             self.study(results.retention(*runs)).save(folder / "study", console)
 
 
@@ -101,4 +104,5 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def _others(overrides: list[str], swept: set[str]) -> set[str]:
-    return {one for one in overrides if one.split("=")[0] not in swept}
+    """Overrides but those of `swept`; a deletion ("~x") is kept by Hydra as "~x=null"."""
+    return {one.removesuffix("=null") for one in overrides if one.split("=")[0] not in swept}
