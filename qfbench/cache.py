@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def remembered(
         return rows
     except (OSError, ValueError):
         rows = measure()
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")  # several jobs may share the folder
-    part.write_text(json.dumps(rows))
-    part.replace(path)
+    with suppress(OSError):  # a cache that cannot be written to costs time, not the run
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")  # several jobs may share the folder
+        part.write_text(json.dumps(rows))
+        part.replace(path)
     return rows

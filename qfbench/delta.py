@@ -143,14 +143,14 @@ class WeightDelta:
         save_file(tensors, path, {"format": "qfbench-delta"})
 
     @classmethod
-    def load(cls, path: str | Path) -> WeightDelta:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> WeightDelta:
         """Read what `save` wrote.
 
         Raises:
             UserError: the file is missing, or is no delta.
         """
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt", device=str(device)) as file:
                 if (file.metadata() or {}).get("format") != "qfbench-delta":
                     raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -163,7 +163,7 @@ class LanguageModel:
         scores = iter(self.score(long, min(self.batch_size, max(1, 2**30 // size))))
         return [next(scores).nll if len(row) > 1 else () for row in ids]
 
-    def _stops(self) -> set[int]:
+    def stops(self) -> set[int]:
         """Tokens that end a turn: the end of text, and what the template puts after an answer.
 
         Without a chat template that is a line break, alone or as the end of a longer token (".\n").
@@ -183,7 +183,7 @@ class LanguageModel:
         return frozenset(i for i, text in enumerate(texts) if "\n" in text)
 
     def _decode(self, prompts: list[tuple[int, ...]]) -> list[Reply]:
-        stops, plain = self._stops(), self.tokenizer.chat_template is None
+        stops, plain = self.stops(), self.tokenizer.chat_template is None
         ids, mask = self._padded(prompts, side="left")
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)

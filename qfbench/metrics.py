@@ -238,7 +238,7 @@ def _lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, pd.Da
         edited = own[own.condition.isin(["edited", "placebo"])]
         for (regime, condition), group in edited.groupby(["regime", "condition"], sort=False) if len(edited) else ():
             accumulates = (group.taught == group.step).all()
-            last = _last(group) if accumulates else group
+            last = _last(group) if accumulates else group.assign(draw=group.step)  # each edit is a draw
             parts = {"kept": last} | ({"taught": last} if accumulates else {})
             parts |= {"fresh": group[group.fresh.astype(bool)]} if condition == "edited" else {}
             yield who | {"regime": regime if condition == "edited" else "placebo", "of": regime}, parts
@@ -256,7 +256,8 @@ def _samples(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         if rows.empty:
             continue
         order, draw = (rows[c].fillna(0) if c in rows else pd.Series(0, rows.index) for c in ("order", "draw"))
-        sample = {"value": rows[column].astype(float), "order": order, "group": 1000 * order + draw}
+        sample = {"value": rows[column].astype(float), "order": order, "group": 1_000_000 * order + draw}
+        sample |= {"run": rows.run} if "run" in rows else {}
         asked = rows.get("query", "")
         sample |= {"fact_id": rows.fact_id, "probe": rows.kind + " " + asked}
         out[name] = pd.DataFrame(sample | ({"weight": rows.tokens} if name == "perplexity" else {}))
@@ -292,7 +293,7 @@ def by_kind(rows: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for kind, own in rows[rows.fresh.astype(bool)].groupby("fact_kind", sort=True):
         parts.append(summary(own).assign(kind=kind))
-    frame = pd.concat(parts, ignore_index=True)
+    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["kind"])
     return frame[["kind", *(name for name in frame if name not in ("kind", "of"))]]
 
 

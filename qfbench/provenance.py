@@ -21,8 +21,10 @@ from qfbench.lm import LanguageModel
 PROBES = 1
 
 
+# Settings on which no number depends.
+NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker")
 # What two runs must share before their numbers may be compared.
-SAME = ("suite_hash", "model_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
+SAME = ("suite_hash", "model_hash", "config_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
 
 
 def protocol(lm: LanguageModel) -> dict[str, Any]:
@@ -30,6 +32,9 @@ def protocol(lm: LanguageModel) -> dict[str, Any]:
     return {
         "model": lm.name,
         "model_hash": lm.weights_hash(),
+        "config_hash": _hash(
+            json.dumps(lm.model.config.to_dict(), sort_keys=True, default=str), str(sorted(lm.stops()))
+        ),
         "tokenizer_hash": _hash(lm.tokenizer.backend_tokenizer.to_str(), str(lm.tokenizer.chat_template)),
         "max_new_tokens": lm.max_new_tokens,
         "batch_size": lm.batch_size,

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from qfbench.errors import UserError
 from qfbench.metrics import compared, summary
-from qfbench.provenance import SAME
+from qfbench.provenance import NOT_MEASURED, SAME
 from qfbench.tables import HIDDEN, laid_out
 
 
@@ -48,6 +48,7 @@ def load(*paths: str | Path) -> pd.DataFrame:
     """
     found = folders(*paths)
     table = pd.DataFrame([settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
+    table = table[[name for name in table if name.split(".")[0] not in NOT_MEASURED]]
     table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
     text = table.map(repr)
     differ = [name for name in table if text[name].nunique() > 1]
@@ -82,10 +83,11 @@ def pooled(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame] =
 
 def groups(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Each combination of settings but `seed`, with its rows: `order` and `fact_id` tell those of different runs apart."""
-    by = [name for name in rows.attrs["settings"] if name != "seed"]
+    by = [name for name in rows.attrs["settings"] if name not in ("seed", "facts.seed")]
     run = pd.factorize(rows.run)[0]
     order = rows.order.fillna(0) if "order" in rows else 0
-    rows = rows.assign(order=1000 * run + order, fact_id=rows.run + " " + rows.fact_id.fillna(""))
+    facts = rows.fact_id.where(rows.kind == "perplexity", rows.run + " " + rows.fact_id.fillna(""))  # texts are shared
+    rows = rows.assign(order=1000 * run + order, fact_id=facts)
     for key, own in rows.groupby(by, dropna=False) if by else [((), rows)]:
         yield dict(zip(by, key, strict=True)), own
 
@@ -157,7 +159,7 @@ def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) ->
                 f"{folder} and {reference} differ in {name}: {ours.get(name)} and {theirs.get(name)}; they cannot be "
                 f"compared, unless that is what is studied (--across {name})"
             )
-    return compared(retention(folder), retention(reference))
+    return compared(*(retention(path).assign(run=0) for path in (folder, reference)))
 
 
 def _one(path: str | Path) -> list[Path]:

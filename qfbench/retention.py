@@ -66,7 +66,11 @@ def retention(
     if not_understood not in ("leave_out", "teach"):
         raise UserError(f"task.retention.not_understood={not_understood}: must be leave_out or teach")
     entrants = [(run, regimes)]
-    entrants += [(run.elsewhere(e["model"], e["editor"], name), e["regimes"]) for name, e in (beside or {}).items()]
+    for name, entry in (beside or {}).items():
+        there = run.elsewhere(entry["model"], entry["editor"], name)
+        if (there.lm.name, there.editor_name) in [(r.lm.name, r.editor_name) for r, _ in entrants]:
+            there.label = f"{there.editor_name} {name}"
+        entrants.append((there, entry["regimes"]))
     for entrant, its_regimes in entrants:
         facts, always = baseline(entrant, not_understood == "teach")
         always = [pair for n, pair in _numbered(always) if at_most is None or n < at_most]
@@ -74,7 +78,8 @@ def retention(
         with run.progress(len(facts) * len(its_regimes) * orders) as advance:
             for order, name in product(range(orders), its_regimes):
                 about = {"order": order} if orders > 1 else {}
-                taught, regime = in_order(facts, order), its_regimes[name]
+                # All facts are put in order, so that it is the same for entrants that understand different ones.
+                taught, regime = [f for f in in_order(run.facts, order) if f in facts], its_regimes[name]
                 teach(entrant, name, regime, taught, always, at, advance, about, placebo, stop_on_collapse)
     rows = run.rows()
     if (rows.condition == "edited").any():
@@ -196,7 +201,7 @@ def teach(
     done = int(edited.step.max()) if len(edited) else 0
     total, state = WeightDelta(), run.state(file, done)
     if done and sequence and state.exists():
-        total = WeightDelta.load(state)
+        total = WeightDelta.load(state, run.lm.device)
     elif (done and sequence) or (earlier.condition == "unsupported").any():
         return
     taught = facts[:done]

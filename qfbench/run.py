@@ -36,15 +36,13 @@ from qfbench.errors import UserError
 from qfbench.facts import Fact, Probe
 from qfbench.lm import LanguageModel
 from qfbench.probes import Row, ask
-from qfbench.provenance import SAME, protocol, provenance, suite_hash
-from qfbench.store import ParquetStore, alone
+from qfbench.provenance import NOT_MEASURED, SAME, protocol, provenance, suite_hash
+from qfbench.store import ParquetStore, alone, write_json
 from qfbench.tables import HIDDEN, laid_out
 from qfbench.tracking import About, Mirror
 
 PACKAGE = Path(__file__).parent
 # Of a model's settings, those that say how it is loaded.
-# Settings on which no number depends.
-NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker")
 log = logging.getLogger(__name__)
 LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain")
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel, or repository
@@ -89,10 +87,13 @@ class Run:
         there = replace(self, lm=lm, editor=editor, protocol=protocol(lm))
         if (there.lm.name, there.editor_name) == (self.lm.name, self.editor_name):
             there.label = f"{there.editor_name} {name}"
-        path = self.folder / "provenance.json"
-        known = json.loads(path.read_text())
-        known.setdefault("models_beside", {})[there.lm.name] = dict(there.protocol)
-        path.write_text(json.dumps(known, indent=2) + "\n")
+        known = recorded(self.folder)
+        beside = known.setdefault("models_beside", {})
+        before = beside.get(lm.name, {})
+        if len(self.store.earlier) and any(before.get(n) != there.protocol[n] for n in SAME if n in before):
+            raise UserError(f"{self.folder} holds a run with another {lm.name}; rerun=true measures it anew")
+        beside[lm.name] = dict(there.protocol)
+        write_json(self.folder / "provenance.json", known)
         return there
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
@@ -220,17 +221,18 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
     with alone(folder):
         check_folder(cfg, folder, facts)
         store = ParquetStore(folder, cfg.commit_seconds, mirror.rows)
+        lm = load(cfg.model)
+        editor.site.block(lm.model)  # an unknown layer is found before anything is computed
+        how = protocol(lm)
+        known = provenance(cfg.seed, how, facts)
+        check_same(folder, known)
         if store.finished:
             show(folder, console, brief)
             return None
-        lm = load(cfg.model)
-        editor.site.block(lm.model)  # an unknown layer is found before anything is computed
-        known = provenance(cfg.seed, protocol(lm), facts)
-        check_same(folder, known)
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-        (folder / "provenance.json").write_text(json.dumps(known, indent=2) + "\n")
+        write_json(folder / "provenance.json", recorded(folder) | known)
         run = Run(lm, editor, facts, folder, store, console, tracker=mirror)
-        run.regression, run.protocol = build(cfg, "regression"), protocol(lm)
+        run.regression, run.protocol = build(cfg, "regression"), how
         run.brief = brief
         run.cache = None if cfg.cache is None else Path(cfg.cache)
         if len(store.earlier):
@@ -291,29 +293,42 @@ def check_folder(cfg: DictConfig, folder: Path, facts: Sequence[Fact]) -> None:
     """Refuse a folder that holds another run, or one of other facts; empty it for `rerun`."""
     if cfg.rerun:
         for path in folder.iterdir():
-            if path.name in ("rows.parquet", "progress.json", "checkpoint.safetensors", "provenance.json"):
+            if path.is_dir() and path.name in ("figures", "deltas", "state", "study"):
+                shutil.rmtree(path)
+            elif path.name in ("rows.parquet", "progress.json", "checkpoint.safetensors", "provenance.json") or (
+                path.suffix == ".csv"
+            ):
                 path.unlink()
         return
-    config, known = folder / "config.yaml", folder / "provenance.json"
+    config, known = folder / "config.yaml", recorded(folder)
     elsewhere = "give another hydra.run.dir, or rerun=true to measure this one anew"
     if (folder / "rows.parquet").exists() and not (config.exists() and settings(config) == settings(cfg)):
         raise UserError(f"{folder} holds a run with other settings (config.yaml); {elsewhere}")
-    if known.exists() and json.loads(known.read_text()).get("suite_hash") != suite_hash(facts):
+    if known and known.get("suite_hash") != suite_hash(facts):
         raise UserError(f"{folder} holds a run of other facts (the file has changed since?); {elsewhere}")
 
 
 def check_same(folder: Path, known: Mapping[str, Any]) -> None:
     """Refuse to go on with a model other than the one the run began with."""
-    path = folder / "provenance.json"
-    if not path.exists() or not (folder / "progress.json").exists():
+    before = recorded(folder)
+    if not before or not (folder / "progress.json").exists():
         return
-    before = json.loads(path.read_text())
     for name in SAME:
         if before.get(name) != known[name]:
             raise UserError(f"{folder} holds a run with another {name}; rerun=true measures it anew")
-    for name in ("versions", "torch", "transformers", "device_name"):
+    for name in ("versions", "torch", "transformers", "device_name", "git_commit"):
         if before.get(name) != known[name]:
             log.warning("%s: %s changed since the run began: %s, now %s", folder, name, before.get(name), known[name])
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """A run's provenance; empty where there is none yet."""
+    path = folder / "provenance.json"
+    try:
+        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); rerun=true measures all anew") from error
+    return known
 
 
 def settings(source: DictConfig | Path) -> str:

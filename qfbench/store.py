@@ -61,7 +61,7 @@ class ParquetStore:
         self.tasks += [task] if task is not None else []
         self.finished = finished
         progress = {"rows": len(self._rows), "tasks": self.tasks, "finished": finished}
-        written = self.flush() and _written(self.journal, lambda part: part.write_text(json.dumps(progress) + "\n"))
+        written = self.flush() and write_json(self.journal, progress)
         self._last = time.monotonic()
         self._cost = self._last - start
         return written
@@ -91,6 +91,11 @@ def _written(path: Path, write: Callable[[Path], object]) -> bool:
     except OSError:
         return False
     return True
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> bool:
+    """Write whole and atomically; whether that could be done."""
+    return _written(path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n"))
 
 
 def _progress(folder: Path) -> dict[str, Any]:

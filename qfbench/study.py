@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -40,8 +42,9 @@ class Study:
 
 def layer_ablation(rows: pd.DataFrame) -> Study:
     """What each layer teaches and keeps, each fact alone and all in sequence, and each kind of knowledge apart."""
-    rows.attrs["settings"] = list(dict.fromkeys([*rows.attrs["settings"], "editor.layer"]))
-    rows = rows.assign(**{"editor.layer": rows.layer.groupby(rows.run).transform("max").astype(int)})
+    layers = rows.layer.groupby(rows.run).transform("max").astype(int)
+    rows = rows.assign(**{"editor.layer": layers})
+    rows.attrs = {"settings": list(dict.fromkeys([*rows.attrs["settings"], "editor.layer"]))}
     table = results.pooled(rows)
     table = table[table.regime.isin(["single", "sequential"])]
     kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
@@ -90,12 +93,16 @@ class AtTheEnd(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder, console = Path(config.hydra.sweep.dir), Console()
-        swept = set(config.hydra.sweeper.params or {})
+        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        swept = {*(config.hydra.sweeper.params or {}), *(one.key_or_group for one in given if one.is_sweep_override())}
         base = _others(config.hydra.overrides.task, swept)
         runs = [path.parent for path in sorted(folder.glob("*/retention.csv"))]
         runs = [run for run in runs if _others(_overrides(run), swept) == base]
-        if len(runs) > 1:
-            self.study(results.retention(*runs)).save(folder / "study", console)
+        if runs:
+            other = sorted(one for one in base if not one.startswith("experiment="))
+            self.study(results.retention(*runs)).save(folder / "_".join(["study", *map(_plain, other)]), console)
+        else:
+            console.print(f"no study: no run in {folder} has the settings of this sweep")
 
 
 def _overrides(folder: Path) -> list[str]:
@@ -105,4 +112,8 @@ def _overrides(folder: Path) -> list[str]:
 
 def _others(overrides: list[str], swept: set[str]) -> set[str]:
     """Overrides but those of `swept`; a deletion ("~x") is kept by Hydra as "~x=null"."""
-    return {one.removesuffix("=null") for one in overrides if one.split("=")[0] not in swept}
+    return {one.removesuffix("=null").replace(" ", "") for one in overrides if one.split("=")[0] not in swept}
+
+
+def _plain(override: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", override)

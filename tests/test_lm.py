@@ -202,7 +202,7 @@ def test_the_tokens_that_end_a_line_are_those_that_hold_a_line_break(tiny, plain
     small = {"hidden_size": 8, "num_attention_heads": 2, "head_dim": 4, "num_hidden_layers": 1}
     lm = replace(tiny("qwen2", vocab_size=len(plain_qwen_tokenizer), **small), tokenizer=plain_qwen_tokenizer)
     assert lm.tokenizer.convert_tokens_to_ids([".Ċ", "Ċ", "?Ċ", "ĠĊ"]) == [624, 198, 5267, 715]
-    stops = lm._stops()
+    stops = lm.stops()
     assert {624, 198, 5267, 715, lm.tokenizer.eos_token_id} <= stops
     assert not {13, 30, 25, 220} & stops  # . ? : and a space
     breaks = {i for piece, i in lm.tokenizer.get_vocab().items() if "Ċ" in piece}
