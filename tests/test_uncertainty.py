@@ -36,30 +36,61 @@ def by_clusters(values, clusters, draws=1000, level=0.95):
 def test_without_groups_an_interval_is_that_of_the_clusters_alone(seed):
     rng = np.random.default_rng(seed)
     values, clusters = rng.random(30), rng.integers(7, size=30)
-    expected = pytest.approx(by_clusters(values, clusters), rel=1e-12)
-    assert interval(values, clusters) == expected
-    assert interval(values, clusters, [5] * 30) == expected  # one group: only its clusters are drawn
-    half = interval(values, clusters, level=0.5)
-    assert half == pytest.approx(by_clusters(values, clusters, level=0.5), rel=1e-12)
-    assert half != expected
+    wide, half = (by_clusters(values, clusters, draws=20000, level=level) for level in (0.95, 0.5))
+    assert interval(values, clusters, draws=20000) == pytest.approx(wide, abs=0.01)
+    one = interval(values, clusters, [5] * 30, draws=20000)  # one group: only its clusters are drawn
+    assert one == interval(values, clusters, draws=20000)
+    assert interval(values, clusters, draws=20000, level=0.5) == pytest.approx(half, abs=0.01)
+    assert half != pytest.approx(wide, abs=0.05)
 
 
-def test_groups_are_drawn_first_and_clusters_within_each():
-    """Against a bootstrap one draw at a time: groups of different size, clusters of different size."""
+def test_groups_and_clusters_are_drawn_across_each_other():
+    """Against a bootstrap one draw at a time: a value counts as often as its group times its cluster was drawn."""
     rng = np.random.default_rng(3)
-    groups = np.repeat([0, 1, 2], [4, 10, 18])
-    clusters = np.concatenate([np.arange(4) // 2, np.arange(10) // 2, np.arange(18) // 3])
-    values = rng.random(32) + groups
+    groups, clusters = np.repeat([0, 1, 2], [4, 10, 18]), rng.integers(6, size=32)
+    values = rng.random(32) + groups + clusters
     draws = []
     for _ in range(4000):
-        taken = []
-        for group in rng.integers(3, size=3):
-            own = np.unique(clusters[groups == group])
-            taken += [values[(groups == group) & (clusters == c)] for c in rng.choice(own, size=len(own))]
-        draws.append(np.concatenate(taken).mean())
+        by_group = np.bincount(rng.integers(3, size=3), minlength=3)
+        by_cluster = np.bincount(rng.integers(6, size=6), minlength=6)
+        times = by_group[groups] * by_cluster[clusters]
+        if times.sum():
+            draws.append(np.average(values, weights=times))
     wanted = np.quantile(draws, [0.1, 0.9])
-    assert interval(values, clusters, groups, draws=4000, level=0.8) == pytest.approx(wanted, abs=0.05)
-    assert wanted[1] - wanted[0] > 0.5
+    assert interval(values, clusters, groups, draws=4000, level=0.8) == pytest.approx(wanted, abs=0.15)
+    assert wanted[1] - wanted[0] > 1.5
+
+
+def crossed(rng, facts=30, orders=6):
+    """Values of the same facts in several orders: each has an effect of its own."""
+    effect = rng.normal(size=(1, facts)) + rng.normal(size=(orders, 1)) + 0.1 * rng.normal(size=(orders, facts))
+    order, fact = np.divmod(np.arange(facts * orders), facts)
+    return effect.ravel(), fact, order
+
+
+def test_the_interval_over_orders_and_facts_covers_the_truth_where_both_vary():
+    """With facts drawn anew within each order, as if every order had its own, it covers far less than it says."""
+    rng, hits, nested = np.random.default_rng(5), 0, 0
+    for _ in range(150):
+        values, fact, order = crossed(rng, facts=8, orders=12)
+        low, high = interval(values, fact, order, draws=300)
+        hits += low <= 0 <= high
+        own = np.array([f"{o} {f}" for o, f in zip(order, fact, strict=True)])
+        low, high = interval(values, own, order, draws=300)
+        nested += low <= 0 <= high
+    assert hits / 150 > 0.82
+    assert nested / 150 < hits / 150 - 0.1
+
+
+def test_runs_have_facts_of_their_own_and_share_texts():
+    rng = np.random.default_rng(6)
+    run, fact = np.divmod(np.arange(120), 30)
+    values = rng.normal(size=30)[fact]  # the same value of a text in each run
+    shared = np.ptp(interval(values, fact, runs=run))
+    apart = np.ptp(interval(values, run * 30 + fact, runs=run))
+    alone = np.ptp(interval(values[:30], fact[:30]))
+    assert shared == pytest.approx(alone, rel=0.15)  # four runs know no more of the texts than one
+    assert apart < 0.75 * alone
 
 
 def test_groups_that_differ_make_an_interval_wider_and_those_that_do_not_leave_it():
