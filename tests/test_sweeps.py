@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 from test_contract import composed
-from test_kill import NAME, Killed, kept, plain, quick, settings, start  # noqa: F401 (fixtures)
+from test_kill import NAME, Killed, kept, plain, quick, settings, start, tabled  # noqa: F401 (fixtures)
 from test_run import SMALL
 
 import qfbench.retention
@@ -88,7 +88,7 @@ def asked(monkeypatch):
     return probes
 
 
-def test_a_finished_run_is_not_measured_again_but_its_tables_are_printed(tmp_path, plain, quick, asked):  # noqa: F811
+def test_a_finished_run_is_not_measured_again_but_its_tables_are_printed(tmp_path, plain, tabled, asked):  # noqa: F811
     folder = tmp_path / NAME
     first, text = said(plain, folder)
     before, n = kept(folder), len(asked)
@@ -159,7 +159,6 @@ def test_another_content_of_the_facts_file_is_refused(tmp_path, write, quick, mo
     }
     path, cfg, folder = Path(write([fact], "facts.jsonl")), settings(), tmp_path / NAME
     cfg.facts = OmegaConf.create({"_target_": "qfbench.facts.table.table", "path": str(path)})
-    monkeypatch.setattr(qfbench.retention, "report", lambda *about: None)
     start(cfg, folder) if finished else killed(cfg, folder, monkeypatch, calls=2)
     path.write_text(path.read_text().replace("Ada started Firm0.", "Bob started Firm0."))
     unchanged(cfg, folder, r"holds a run of other facts \(the file has changed since\?\); give another")
@@ -167,7 +166,6 @@ def test_another_content_of_the_facts_file_is_refused(tmp_path, write, quick, mo
 
 def test_another_model_is_refused_while_the_run_is_unfinished(tmp_path, plain, quick, monkeypatch):  # noqa: F811
     folder, real = tmp_path / NAME, qfbench.run.load
-    monkeypatch.setattr(qfbench.retention, "report", lambda *about: None)
     killed(plain, folder, monkeypatch)
 
     def changed(model):
