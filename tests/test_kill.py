@@ -172,8 +172,14 @@ def with_editor(cfg, editor):
     return cfg
 
 
+TWICE = pytest.mark.xfail(
+    strict=True,
+    reason="a regime that became unsupported runs again where its state outlived the commit: its row is twice",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("editor", EDITORS)
+@pytest.mark.parametrize("editor", [EDITORS[0], pytest.param(EDITORS[1], marks=TWICE)])
 def test_a_run_that_is_killed_at_any_moment_ends_as_the_unbroken_one(tmp_path, plain, tabled, editor):
     cfg = with_editor(plain, editor)
     whole, copies = moments(cfg, tmp_path)
@@ -187,6 +193,14 @@ def test_a_run_that_is_killed_ends_with_the_same_rows(tmp_path, plain, quick, ed
     cfg = with_editor(plain, editor)
     whole, copies = moments(cfg, tmp_path)
     assert differing(cfg, whole, random.Random(0).sample(copies, 5)) == []
+
+
+@TWICE
+def test_a_run_that_is_killed_between_a_commit_and_the_removal_of_old_states_has_no_row_twice(tmp_path, plain, quick):
+    cfg = with_editor(plain, EDITORS[1])
+    whole, copies = moments(cfg, tmp_path)
+    two = [(c, what) for c, what in copies if what == "progress.part" and len(list(c.glob("state/*"))) > 1]
+    assert differing(cfg, whole, two) == []
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_rows(tmp_path, plain, quick, monkeypatch):
