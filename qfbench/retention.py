@@ -200,10 +200,10 @@ def teach(
     file = "-".join([run.editor_name, name, *(f"{key}{value}" for key, value in about.items())])
     done = int(edited.step.max()) if len(edited) else 0
     total, state = WeightDelta(), run.state(file, done)
-    if done and sequence and state.exists():
+    if (earlier.condition == "unsupported").any() or (done and sequence and not state.exists()):
+        return  # it came to its end
+    if done and sequence:
         total = WeightDelta.load(state, run.lm.device)
-    elif (done and sequence) or (earlier.condition == "unsupported").any():
-        return
     taught = facts[:done]
     fallen = {measure for measure, share in what_is_left(edited).items() if sequence and (share < COLLAPSED).any()}
     for _ in taught:

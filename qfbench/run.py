@@ -37,7 +37,7 @@ from qfbench.facts import Fact, Probe
 from qfbench.lm import LanguageModel
 from qfbench.probes import Row, ask
 from qfbench.provenance import NOT_MEASURED, SAME, protocol, provenance, suite_hash
-from qfbench.store import ParquetStore, alone, write_json
+from qfbench.store import ParquetStore, alone, write_json, write_text
 from qfbench.tables import HIDDEN, laid_out
 from qfbench.tracking import About, Mirror
 
@@ -115,7 +115,9 @@ class Run:
         if total is not None:
             kept.parent.mkdir(exist_ok=True)
             try:
-                total.save(kept, keys=True)
+                part = kept.with_suffix(".part")
+                total.save(part, keys=True)
+                part.replace(kept)
             except (OSError, SafetensorError):
                 written = False
         if not (written and self.store.commit()):
@@ -229,7 +231,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         if store.finished:
             show(folder, console, brief)
             return None
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", recorded(folder) | known)
         run = Run(lm, editor, facts, folder, store, console, tracker=mirror)
         run.regression, run.protocol = build(cfg, "regression"), how
@@ -243,10 +245,11 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
                     if run.task not in store.tasks:
                         task(run)
                         store.commit(run.task)
-                store.commit(finished=True)
+                if not store.commit(finished=True):
+                    raise UserError(f"{folder} cannot be written to (disk full?); start again once there is room")
             finally:
                 if not store.flush():
-                    raise UserError(f"{folder} cannot be written to (disk full?); all rows are in {store.rescue()}")
+                    console.print(f"[yellow]all rows are in {store.rescue()}[/yellow]", soft_wrap=True)
                 mirror.replies(store.frame())
     shutil.rmtree(folder / "state", ignore_errors=True)
     console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
@@ -292,7 +295,7 @@ def load(model: Mapping[str, Any]) -> LanguageModel:
 def check_folder(cfg: DictConfig, folder: Path, facts: Sequence[Fact]) -> None:
     """Refuse a folder that holds another run, or one of other facts; empty it for `rerun`."""
     if cfg.rerun:
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir()):  # progress.json before rows.parquet: what is left is then not finished
             if path.is_dir() and path.name in ("figures", "deltas", "state", "study"):
                 shutil.rmtree(path)
             elif path.name in ("rows.parquet", "progress.json", "checkpoint.safetensors", "provenance.json") or (

@@ -94,8 +94,12 @@ def _written(path: Path, write: Callable[[Path], object]) -> bool:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> bool:
+    return write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> bool:
     """Write whole and atomically; whether that could be done."""
-    return _written(path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n"))
+    return _written(path, lambda part: part.write_text(text))
 
 
 def _progress(folder: Path) -> dict[str, Any]:

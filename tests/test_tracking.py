@@ -291,6 +291,7 @@ def test_the_last_replies_are_those_of_each_series_last_step():
     assert list(last_replies(pd.DataFrame(rows), USUAL, most=4).reply) == ["said at 3", "joint 0", "joint 1"]
 
 
+@pytest.mark.slow
 def test_a_tracker_of_ones_own_is_told_of_experiment_and_sweep(tmp_path):
     where = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     own = "tracker={_target_: test_tracking.Writer}"
