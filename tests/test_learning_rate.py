@@ -203,6 +203,7 @@ def test_the_experiment_runs_on_a_folder_with_a_firing_block(firing, tmp_path):
 # Fine-tuning, whose schemes are numbers of steps
 
 
+@pytest.mark.slow
 def test_the_experiment_of_fine_tuning_has_schemes_of_its_own(tmp_path):
     cfg = composed(
         "experiment=finetune_learning_rate",

@@ -131,6 +131,7 @@ def test_provenance_names_what_one_needs_to_repeat_a_run(quickstart):
     assert other["model_hash"] != found["model_hash"]
 
 
+@pytest.mark.slow
 def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(quickstart, tmp_path):
     def rows(folder, *overrides):
         frame = run(folder, "experiment=retention", "regime=[joint]", *overrides)[0].store.frame()
@@ -245,6 +246,7 @@ def test_the_papers_own_experiment_runs_on_a_folder_with_qwens_tokenizer(shared,
     assert done.facts[0].significance == (0, 1, 1, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_each_job_in_a_folder_of_its_own(tmp_path):
     command = [sys.executable, "-m", "qfbench.run", "-m", "experiment=retention", "model=world-xs", "facts.n=1"]
     done = subprocess.run([*command, "editor.layer=1,2"], capture_output=True, text=True, cwd=tmp_path, check=False)

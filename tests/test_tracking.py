@@ -140,6 +140,7 @@ def test_points_are_shown_while_the_run_goes_on_and_after_their_rows_are_safe(tm
     assert safe == now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "after"),
     [("start", 0), ("log", 0), ("log", 1), ("figure", 0), ("figure", 1), ("table", 1), ("close", 0)],
