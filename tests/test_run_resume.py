@@ -11,7 +11,8 @@ from test_run import SMALL, run
 
 from qfbench import UserError
 from qfbench.editors import QF
-from qfbench.run import contents, execute
+from qfbench.folder import contents
+from qfbench.run import execute
 from qfbench.store import ParquetStore
 
 

@@ -1,0 +1,101 @@
+"""A run's folder: what it is called, whether a run may work in it, and what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from qfbench.errors import UserError
+from qfbench.facts import Fact
+from qfbench.provenance import NOT_MEASURED, SAME, suite_hash
+from qfbench.tables import HIDDEN, laid_out
+
+log = logging.getLogger(__name__)
+
+
+def check_folder(cfg: DictConfig, folder: Path, facts: Sequence[Fact]) -> None:
+    """Refuse a folder that holds another run, or one of other facts; empty it for `rerun`."""
+    if cfg.rerun:
+        for path in sorted(folder.iterdir()):  # progress.json before rows.parquet: what is left is then not finished
+            if path.is_dir() and path.name in ("figures", "deltas", "state", "study"):
+                shutil.rmtree(path)
+            elif path.name in ("rows.parquet", "progress.json", "checkpoint.safetensors", "provenance.json") or (
+                path.suffix == ".csv"
+            ):
+                path.unlink()
+        return
+    config, known = folder / "config.yaml", recorded(folder)
+    elsewhere = "give another hydra.run.dir, or rerun=true to measure this one anew"
+    if (folder / "rows.parquet").exists() and not (config.exists() and settings(config) == settings(cfg)):
+        raise UserError(f"{folder} holds a run with other settings (config.yaml); {elsewhere}")
+    if known and known.get("suite_hash") != suite_hash(facts):
+        raise UserError(f"{folder} holds a run of other facts (the file has changed since?); {elsewhere}")
+
+
+def check_same(folder: Path, known: Mapping[str, Any]) -> None:
+    """Refuse to go on with a model other than the one the run began with."""
+    before = recorded(folder)
+    if not before or not (folder / "progress.json").exists():
+        return
+    for name in SAME:
+        if before.get(name) != known[name]:
+            raise UserError(f"{folder} holds a run with another {name}; rerun=true measures it anew")
+    for name in ("versions", "torch", "transformers", "device_name", "git_commit"):
+        if before.get(name) != known[name]:
+            log.warning("%s: %s changed since the run began: %s, now %s", folder, name, before.get(name), known[name])
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """A run's provenance; empty where there is none yet."""
+    path = folder / "provenance.json"
+    try:
+        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); rerun=true measures all anew") from error
+    return known
+
+
+def settings(source: DictConfig | Path) -> str:
+    """What a run's numbers may depend on, of its configuration or of the file that keeps it."""
+    cfg = OmegaConf.load(source) if isinstance(source, Path) else source
+    assert isinstance(cfg, DictConfig)
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_MEASURED])
+    return OmegaConf.to_yaml(own, resolve=True, sort_keys=True)
+
+
+def name_of(_root_: DictConfig) -> str:
+    """The name of a run's folder: its model, its editor, and the hash of all its settings."""
+    try:
+        digest = hashlib.sha256(settings(_root_).encode()).hexdigest()[:8]
+    except OmegaConfBaseException:  # a setting is missing: `build` will say which
+        digest = "incomplete"
+    choices = _root_.hydra.runtime.choices
+    return f"{choices.model}-{choices.editor}-{digest}"
+
+
+def show(folder: Path, console: Console, brief: bool) -> None:
+    """Print the tables of a finished run."""
+    for path in [] if brief else sorted(folder.glob("*.csv")):
+        console.print(laid_out(pd.read_csv(path), path.stem, HIDDEN))
+    where = os.path.relpath(folder)
+    console.print(f"measured already: [bold]{where}[/bold]; rerun=true measures it anew", soft_wrap=True)
+
+
+def contents(folder: Path) -> str:
+    """What a run's folder holds, in one line."""
+    files = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (".lock", "progress.json"))
+    for name in ("figures", "deltas"):
+        held = sorted((folder / name).glob("*"))
+        files += [f"{name}/{held[0].name}"] if len(held) == 1 else [f"{name}/ ({len(held)} files)"] if held else []
+    return ", ".join(files)
