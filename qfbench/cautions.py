@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from qfbench.metrics import over_sequence
+from qfbench.regression.drops import SMALL, drops
 from qfbench.results import groups
 
 FEW_FACTS, FEW_SEQUENCES = 30, 3
@@ -25,6 +26,7 @@ def cautions(rows: pd.DataFrame, table: pd.DataFrame, known: Sequence[Provenance
         *_collapses(rows),
         *_placebos(rows, table),
         *_rounding(rows),
+        *_power(rows),
         *_not_alike(known),
     ]
 
@@ -150,6 +152,19 @@ def _rounding(rows: pd.DataFrame) -> list[str]:
     return out
 
 
+def _power(rows: pd.DataFrame) -> list[str]:
+    """Suites of questions that are too small to show a drop that matters."""
+    lost = drops(rows)
+    out = []
+    for suite, own in lost.groupby("suite", sort=False) if len(lost) else ():
+        if not own.detectable.max() <= SMALL:
+            least = f"under {100 * own.detectable.max():.1f} points" if own.detectable.notna().all() else "of any size"
+            out.append(
+                f"{own.questions.max()} questions of {suite} cannot show a drop {least}: that none is seen proves little."
+            )
+    return out
+
+
 def _not_alike(known: Sequence[Provenance]) -> list[str]:
     """In what runs differ that are shown together, and code that no commit holds."""
     out = []
@@ -162,6 +177,10 @@ def _not_alike(known: Sequence[Provenance]) -> list[str]:
             values = sorted({str(run.get(name)) for run in known if str(run.get("model")) == model})
             if len(values) > 1:
                 out.append(f"The runs of {model} differ in {name}: {', '.join(values)}.")
+    asked = [run.get("regression") or {} for run in known]
+    for suite in sorted({name for own in asked for name in own}):
+        if len({own[suite] for own in asked if suite in own}) > 1:
+            out.append(f"The runs were not asked the same by {suite} (regression).")
     if any("dirty" in str(run.get("git_commit")) for run in known):
         out.append("The code had changes that no commit holds.")
     return out

@@ -56,6 +56,14 @@ def check_same(folder: Path, known: Mapping[str, Any]) -> None:
             log.warning("%s: %s changed since the run began: %s, now %s", folder, name, before.get(name), known[name])
 
 
+def check_questions(folder: Path, asked: Mapping[str, str]) -> None:
+    """Refuse to go on with other texts or questions than the run began with; `asked` is the fingerprint of each suite."""
+    before = recorded(folder).get("regression", {}) if (folder / "progress.json").exists() else {}
+    for name, fingerprint in asked.items():
+        if before.get(name, fingerprint) != fingerprint:
+            raise UserError(f"{folder} holds a run with another {name} (regression); rerun=true measures it anew")
+
+
 def recorded(folder: Path) -> dict[str, Any]:
     """A run's provenance; empty where there is none yet."""
     path = folder / "provenance.json"

@@ -139,7 +139,7 @@ def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
     return {kind: rows.generated[rows.kind == kind].astype(float).mean() for kind in kinds}
 
 
-# Each measure of the summary: of which rows (see `_lines`), which kind of probe, which column.
+# Each measure of the summary: of which rows (see `summary_lines`), which kind of probe, which column.
 MEASURES = {
     "efficacy": ("fresh", "edit", "generated"),
     "paraphrase": ("fresh", "paraphrase", "generated"),
@@ -156,7 +156,12 @@ MEASURES = {
     "refused": ("kept", "unknown", "generated"),
     "leakage": ("kept", "unknown", "leaked"),
     "perplexity": ("kept", "perplexity", "nll"),
+    "accuracy": ("kept", "question", "correct"),
 }
+GENERAL = (
+    "perplexity",
+    "question",
+)  # kinds of rows that are about no fact of the suite: all orders and runs share them
 
 
 # What an edit should leave as it is, by kind of probe, and the measure of it.
@@ -172,7 +177,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     After the last edit: `retention` (all taught queries), `prior` (of what
     the unedited model knew), `locality` (neighbours of which it says what it said; `locality_gold`, `locality_preferred`: under those
     protocols), `refused` (of unknown subjects refused before), `leakage` (unknown subjects that got a
-    taught answer), `perplexity` (of held text), `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`,
+    taught answer), `perplexity` (of held text), `accuracy` (of the first suite of questions), `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`,
     and its other measures are means over all edits. A line `placebo` is the state after the last edit of the
     regime above it (`of`), with a random change of the same size instead. In the line `unedited`, `prior` and `refused` are
     of all that was asked.
@@ -182,7 +187,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """
     out: list[dict[str, Any]] = []
     above: dict[str, pd.DataFrame] = {}
-    for line, parts in _lines(rows):
+    for line, parts in summary_lines(rows):
         samples = _samples(parts)
         line |= _estimates(samples) | {"norm": parts["kept"].relative_norm.mean() if "of" in line else float("nan")}
         if line["regime"] == "placebo":
@@ -213,7 +218,7 @@ Line = tuple[dict[str, Any], dict[str, pd.DataFrame]]
 
 def _edited(rows: pd.DataFrame) -> list[Line]:
     """Who, and samples, of each line of the summary that is about an editor."""
-    return [(who, _samples(parts)) for who, parts in _lines(rows) if who.get("of") == who["regime"]]
+    return [(who, _samples(parts)) for who, parts in summary_lines(rows) if who.get("of") == who["regime"]]
 
 
 def _difference(line: Line, reference: Line) -> dict[str, Any]:
@@ -222,12 +227,12 @@ def _difference(line: Line, reference: Line) -> dict[str, Any]:
     both = {name: pair for name, pair in both.items() if len(pair)}
     about = {name: who[name] for name in ("model", "editor", "regime")}
     about |= {f"{name}_of": other[name] for name in ("model", "editor", "regime")}
-    asked = [pair.fact_id.nunique() for name, pair in both.items() if name != "perplexity"]  # is of texts, not of facts
+    asked = [pair.fact_id.nunique() for name, pair in both.items() if MEASURES[name][1] not in GENERAL]
     about |= {"facts": max(asked, default=0)}
     return about | _estimates(both) | {f"{name}_same": _same(pair) for name, pair in both.items()}
 
 
-def _lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, pd.DataFrame]]]:
+def summary_lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, pd.DataFrame]]]:
     """The lines of the summary, each with its rows: those of the newest facts, of all taught ones, of what should be kept."""
     for (model, editor), own in rows.groupby(["model", "editor"], sort=False):
         who = {"model": model, "editor": editor}
@@ -250,6 +255,8 @@ def _samples(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     for name, (part, kind, column) in MEASURES.items():
         rows = parts.get(part, pd.DataFrame(columns=["kind"]))
         rows = rows[rows.kind == kind]
+        if kind == "question" and len(rows):
+            rows = rows[rows.suite == rows.suite.iloc[0]]
         if column == "inflation" and "forced" in rows:
             rows = rows.assign(inflation=rows.forced.astype(float) - rows.generated.astype(float))
         rows = rows[rows[column].notna()] if column in rows else rows[:0]
@@ -315,7 +322,7 @@ def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
     out = []
     for layer, group in edited.groupby("layer"):
         line: dict[str, Any] = {"layer": int(layer)}
-        for who, parts in _lines(group):
+        for who, parts in summary_lines(group):
             lead = "" if who["regime"] == "single" else "seq_"
             parts = {part: own for part, own in parts.items() if part != "fresh" or not lead}
             measured = _estimates(_samples(parts)) | {"norm": parts["kept"].relative_norm.mean()}

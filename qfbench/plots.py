@@ -25,12 +25,16 @@ OTHERS = (OTHER, ("#555555", ":", "*"), ("#8c6d31", "--", "d"), ("#17324d", "-",
 
 
 def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Retention of taught facts (left) and of prior knowledge (right) against the number of edits.
+    """Retention of taught facts (left), of prior knowledge, and where it was asked the accuracy on questions of general ability
+    (right; the dashed line is chance) against the number of edits.
 
     A curve for each model, editor and regime; models are named where there are several.
     """
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
-    kept, prior = figure.subplots(1, 2, sharey=True)
+    questions = rows[rows.kind == "question"]
+    questions = questions[questions.suite == questions.suite.iloc[0]] if len(questions) else questions
+    panels = 3 if len(questions) else 2
+    figure = Figure(figsize=(4.5 * panels, 3.9), layout="constrained")
+    kept, prior, *ability = figure.subplots(1, panels, sharex=True, sharey=True)
     others = 0
     for (model, editor, regime), curve in curves.groupby(["model", "editor", "regime"], sort=False):
         name = f"{editor} {regime}"
@@ -43,9 +47,22 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         own = own[(own.condition == "edited") & (own.kind == "prior")]
         known = own.groupby("step").generated.mean()
         prior.plot(known.index, known, color=colour, ls=line, marker=marker, ms=3.5, label=label)
+        for axes in ability:
+            own = questions[(questions.model == model) & (questions.editor == editor)]
+            own = own[(own.condition == "unedited") | ((own.condition == "edited") & (own.regime == regime))]
+            share = own.groupby("step").correct.mean()
+            axes.plot(share.index, share, color=colour, ls=line, marker=marker, ms=3.5, label=label)
+    for axes in ability:
+        axes.set(title=f"general ability ({questions.suite.iloc[0]}, accuracy)")
+        chance = questions.chance.mean()
+        if chance > 0:
+            axes.axhline(chance, color="black", ls="--", lw=0.8)
+            axes.annotate(
+                "chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+            )
     kept.set(title="taught facts still answered", ylabel="share of replies (generated)")
     prior.set(title="prior knowledge still answered")
-    for axes in (kept, prior):
+    for axes in (kept, prior, *ability):
         axes.set(xlabel="edits", ylim=(-0.03, 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)

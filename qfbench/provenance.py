@@ -32,10 +32,10 @@ def protocol(lm: LanguageModel) -> dict[str, Any]:
     return {
         "model": lm.name,
         "model_hash": lm.weights_hash(),
-        "config_hash": _hash(
+        "config_hash": hashed(
             json.dumps(lm.model.config.to_dict(), sort_keys=True, default=str), str(sorted(lm.stops()))
         ),
-        "tokenizer_hash": _hash(lm.tokenizer.backend_tokenizer.to_str(), str(lm.tokenizer.chat_template)),
+        "tokenizer_hash": hashed(lm.tokenizer.backend_tokenizer.to_str(), str(lm.tokenizer.chat_template)),
         "max_new_tokens": lm.max_new_tokens,
         "batch_size": lm.batch_size,
         "device": str(lm.device),
@@ -44,6 +44,7 @@ def protocol(lm: LanguageModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
+        "lm_eval": _version("lm_eval"),
         "probes": PROBES,
     }
 
@@ -63,10 +64,11 @@ def provenance(seed: int, known: Mapping[str, Any], facts: Sequence[Fact]) -> di
 
 
 def suite_hash(facts: Sequence[Fact]) -> str:
-    return _hash(*(repr((f, f.probes)) for f in facts))
+    return hashed(*(repr((f, f.probes)) for f in facts))
 
 
-def _hash(*texts: str) -> str:
+def hashed(*texts: str) -> str:
+    """SHA-256 of texts, first 16 hex digits."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from qfbench.errors import UserError
 from qfbench.legend import COLUMNS, LINES
 from qfbench.metrics import MEASURES, accumulating, compared, forgetting, matrices, middle, over_sequence
 from qfbench.provenance import SAME
+from qfbench.regression.drops import drops
 from qfbench.store import ParquetStore
 from qfbench.tables import tabled
 
@@ -84,6 +85,7 @@ def _retention(
     tables = {
         "main": tabled(main, hidden),
         "differences": tabled(differences, hidden),
+        "ability": tabled(results.pooled(rows, drops), hidden),
         "sequences": tabled(results.pooled(rows, _sequences), hidden),
         "health": tabled(results.pooled(rows, health), hidden),
     }
@@ -207,8 +209,8 @@ def _figures(combinations: Combinations) -> Iterator[tuple[str, str]]:
         where = f" ({_label(at)})" if at else ""
         curves = plots.forgetting_curves(forgetting(rows), rows)
         yield (
-            f"Forgetting curves{where}: the share of taught facts (left) and of prior knowledge (right) that is still "
-            "answered, against the number of edits.",
+            f"Forgetting curves{where}: the share of taught facts (left) and of prior knowledge that is still "
+            "answered, and where it was asked general ability (right), against the number of edits.",
             svg(curves),
         )
         yield (
@@ -264,6 +266,7 @@ def _provenance(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for run, own in known.items():
         own = dict(own) | {"facts": len(own.get("facts", []))}
         own |= {f"{package} version": version for package, version in (own.pop("versions", None) or {}).items()}
+        own |= {f"{suite} (regression)": asked for suite, asked in (own.pop("regression", None) or {}).items()}
         for model, beside in (own.pop("models_beside", None) or {}).items():
             own |= {f"{model}: {name}": value for name, value in beside.items() if name in SAME}
         own.pop("command", None)
@@ -279,7 +282,7 @@ def _provenance(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _others(folder: Path, found: Sequence[Path]) -> list[Path]:
     """Tables that are not worked out anew from rows: of the study, and of a single run's other tasks."""
     own = list(found[0].glob("*.csv")) if len(found) == 1 else []
-    own = [path for path in own if path.stem not in ("retention", "compared", "sequences")]
+    own = [path for path in own if path.stem not in ("retention", "compared", "sequences", "regression")]
     return sorted((folder / "study").glob("*.csv")) + sorted(own)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from yaml import YAMLError
 
 from qfbench.errors import UserError
-from qfbench.metrics import compared, summary
+from qfbench.metrics import GENERAL, compared, summary
 from qfbench.provenance import NOT_MEASURED, SAME
 from qfbench.tables import HIDDEN, laid_out
 
@@ -86,7 +86,7 @@ def groups(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     by = [name for name in rows.attrs["settings"] if name not in ("seed", "facts.seed")]
     run = pd.factorize(rows.run)[0]
     order = rows.order.fillna(0) if "order" in rows else 0
-    facts = rows.fact_id.where(rows.kind == "perplexity", rows.run + " " + rows.fact_id.fillna(""))  # texts are shared
+    facts = rows.fact_id.where(rows.kind.isin(GENERAL), rows.run + " " + rows.fact_id.fillna(""))
     rows = rows.assign(order=1000 * run + order, fact_id=facts)
     for key, own in rows.groupby(by, dropna=False) if by else [((), rows)]:
         yield dict(zip(by, key, strict=True)), own
@@ -120,7 +120,7 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
     """Copy the runs in `paths` and below into the new folder `to`, small enough for a repository; returns the copies.
 
     Every table and figure stays as it is. Left out are the changes of weights, the figures, and of the rows what no measure uses and
-    what does not compress: replies that did not end, and the nats per token (`nll`) of what is not held text.
+    what does not compress: replies that did not end, the nats per token (`nll`) of what is not held text, and log-probabilities of choices.
 
     Raises:
         UserError: there is no run, two have the same name, or `to` holds something already.
@@ -138,11 +138,20 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
         if "reply" in rows:
             rows["nll"] = rows.nll.where(rows.kind == "perplexity")
             rows["reply"] = rows.reply.where(rows.stopped.eq(True))
+        if "logprobs" in rows:
+            rows = rows.drop(columns="logprobs").assign(gold_logprob=rows.gold_logprob.where(_shown(rows)))
         table = pyarrow.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata()  # which is 16 kB a file
         pyarrow.parquet.write_table(
             table, to / folder.name / "rows.parquet", compression="zstd", compression_level=19, store_schema=False
         )
     return [to / folder.name for folder in found]
+
+
+def _shown(rows: pd.DataFrame) -> pd.Series:
+    """Whether a row's log-probability stands behind a measure: not in the midst of a sequence."""
+    sequence = [name for name in ("model", "editor", "regime", "order") if name in rows]
+    last = rows.groupby(sequence, dropna=False).step.transform("max")
+    return (rows.taught != rows.step) | (rows.step == last)
 
 
 def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) -> pd.DataFrame:
@@ -158,6 +167,12 @@ def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) ->
             raise UserError(
                 f"{folder} and {reference} differ in {name}: {ours.get(name)} and {theirs.get(name)}; they cannot be "
                 f"compared, unless that is what is studied (--across {name})"
+            )
+    asked = [run.get("regression", {}) for run in (ours, theirs)]
+    for name in asked[0].keys() & asked[1].keys():
+        if asked[0][name] != asked[1][name]:
+            raise UserError(
+                f"{folder} and {reference} differ in what {name} asks (regression); they cannot be compared"
             )
     return compared(*(retention(path).assign(run=0) for path in (folder, reference)))
 

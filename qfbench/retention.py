@@ -28,6 +28,7 @@ from qfbench.metrics import (
 from qfbench.plots import forgetting_curves, retention_matrices
 from qfbench.probes import ask
 from qfbench.regimes import Regime, accumulates
+from qfbench.regression.drops import by_subject, drops, power
 from qfbench.run import Run
 from qfbench.tables import HIDDEN
 
@@ -105,6 +106,10 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
             name="compared",
             printed=printed,
         )
+    lost = drops(rows)
+    if len(lost):
+        run.table(lost, f"General ability: {power(lost)}", hidden=[*same, "of"], name="regression")
+        run.keep(by_subject(rows), "regression_subjects")
     sequences = over_sequence(rows)
     if len(sequences):
         printed = middle(sequences).drop(columns=[*same, "edits", "immediate", "final"])
@@ -160,7 +165,7 @@ def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
     if run.earlier(condition="unedited").empty:
         for row in measured:
             run.log(row)
-        for row in run.general():
+        for row in run.general(unedited=True):
             run.log(row, condition="unedited", step=0)
         run.commit()
     understood = {f.id for f, p in passed["in_context"] if p.kind == "edit"}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from qfbench.delta import WeightDelta
 from qfbench.editors import Editor
 from qfbench.errors import UserError
 from qfbench.facts import Fact, Probe
-from qfbench.folder import check_folder, check_same, contents, name_of, recorded, show
+from qfbench.folder import check_folder, check_questions, check_same, contents, name_of, recorded, show
 from qfbench.lm import LanguageModel
 from qfbench.probes import Row, ask
 from qfbench.provenance import SAME, protocol, provenance
+from qfbench.regression import Suite
 from qfbench.store import ParquetStore, alone, write_json, write_text
 from qfbench.tables import laid_out
 from qfbench.tracking import About, Mirror
@@ -57,7 +59,7 @@ class Run:
     console: Console
     task: str = ""
     label: str = ""
-    regression: Mapping[str, Callable[[LanguageModel], list[Row]]] = field(default_factory=dict)
+    regression: Mapping[str, Suite] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)  # `provenance.protocol` of the model
     cache: Path | None = None  # where rows of unedited models are kept
     tracker: Mirror = field(default_factory=Mirror)
@@ -132,10 +134,15 @@ class Run:
         """`probes.ask` of the unedited model, or what it answered in an earlier run."""
         return remembered(self.cache, self.protocol, probes, lambda: ask(self.lm, probes))
 
-    def general(self) -> Iterator[Row]:
-        """Rows of general ability: those of every regression suite on the model as it is."""
-        for suite in self.regression.values():
-            yield from suite(self.lm)
+    def general(self, unedited: bool = False) -> Iterator[Row]:
+        """Rows of general ability: those of every regression suite on the model as it is, `suite` with its name in them.
+
+        What the `unedited` model gave in an earlier run is not asked again.
+        """
+        for name, suite in self.regression.items():
+            ask = partial(suite, self.lm)
+            rows = remembered(self.cache, self.protocol, [name, suite.fingerprint], ask) if unedited else ask()
+            yield from (row | {"suite": name} for row in rows)
 
     def rows(self, task: str = "") -> pd.DataFrame:
         """The rows of a task, by default of the one that is running."""
@@ -154,11 +161,15 @@ class Run:
         printed: pd.DataFrame | None = None,
     ) -> None:
         """Keep a frame as CSV beside the rows, named as the task, and print it (or `printed`) without its `hidden` columns."""
-        frame.to_csv(self.folder / f"{name or self.task}.csv", index=False)
-        self.tracker.table(name or self.task, frame)
+        self.keep(frame, name or self.task)
         if self.brief:
             return
         self.console.print(laid_out(frame if printed is None else printed, title, hidden))
+
+    def keep(self, frame: pd.DataFrame, name: str) -> None:
+        """Keep a frame as CSV beside the rows."""
+        frame.to_csv(self.folder / f"{name}.csv", index=False)
+        self.tracker.table(name, frame)
 
     def figure(self, figure: Figure, name: str) -> None:
         (self.folder / "figures").mkdir(exist_ok=True)
@@ -228,10 +239,13 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         if store.finished:
             show(folder, console, brief)
             return None
+        regression = build(cfg, "regression")
+        known["regression"] = {name: suite.fingerprint for name, suite in regression.items()}
+        check_questions(folder, known["regression"])
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         write_json(folder / "provenance.json", recorded(folder) | known)
         run = Run(lm, editor, facts, folder, store, console, tracker=mirror)
-        run.regression, run.protocol = build(cfg, "regression"), how
+        run.regression, run.protocol = regression, how
         run.brief = brief
         run.cache = None if cfg.cache is None else Path(cfg.cache)
         if len(store.earlier):
@@ -300,7 +314,7 @@ def build(cfg: DictConfig, group: str) -> Any:
     if missing:
         raise UserError(f"{missing[0]} is needed: give {missing[0]}=...")
     try:
-        return instantiate(cfg[group])
+        return instantiate(cfg[group], _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -31,6 +31,7 @@ HIDDEN = (
 # 80 columns are soon full.
 HEADERS = {
     "editor": "by",
+    "accuracy": "accu-\nracy",
     "paraphrase": "para-\nphrase",
     "portability": "porta-\nbility",
     "retention": "reten-\ntion",
@@ -63,6 +64,8 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
         return ""
     if column == "lr":
         return f"{value:g}"
+    if column in ("p", "detectable"):
+        return f"{value:.2g}" if value >= 0.001 else "<.001"
     text = f"{value:.2f}"
     width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
     if width:
@@ -70,7 +73,7 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
     return text + "~" * (line.get(f"{column}_same") is True)
 
 
-TWO_DECIMALS = {*MEASURES, "immediate", "final", "forgetting"}
+TWO_DECIMALS = {*MEASURES, "before", "after", "drop", "immediate", "final", "forgetting"}
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,9 @@ def curves(rows: pd.DataFrame, usual: Mapping[str, Any]) -> Iterator[tuple[int, 
         for prefix, part in (("", asked[of_all]), ("new_", asked[new])):
             shares = part.generated.astype(float).groupby(part.kind).mean()
             points |= {f"{prefix}{kind}": share for kind, share in shares.dropna().items()}
+        questions = asked[asked.kind == "question"]
+        if len(questions):
+            points |= questions.groupby("suite").correct.mean().to_dict()
         held = asked[asked.kind == "perplexity"]
         if len(held):
             points["perplexity"] = np.exp(np.average(held.nll.astype(float), weights=held.tokens.astype(float)))
@@ -127,7 +130,7 @@ def curves(rows: pd.DataFrame, usual: Mapping[str, Any]) -> Iterator[tuple[int, 
 
 def last_replies(rows: pd.DataFrame, usual: Mapping[str, Any], most: int = 500) -> pd.DataFrame:
     """What was said after the last edit of each series, as `curves` names them; `most` lines, shared among the series."""
-    asked = _complete(rows).dropna(subset=["kind", "step", "reply"])
+    asked = _complete(rows).dropna(subset=["kind", "step", "reply", "generated"])
     asked = asked.assign(series=_series(asked, usual))
     by = asked.groupby("series", sort=False)
     last = asked[asked.step == by.step.transform("max")]

@@ -84,18 +84,18 @@ def misled(world: World, rng: random.Random, held_out: bool = False) -> Dialogue
     return Dialogue(statement(said, rng), question(fact.relation, fact.subject, rng, held_out), answer)
 
 
-def choice(world: World, rng: random.Random, held_out: bool = False) -> Dialogue:
-    """Multiple choice in the continuation form: four whole replies to one question, one of them true."""
-    fact = _known_fact(world, rng)
+def choice(world: World, rng: random.Random, held_out: bool = False, fact: Triple | None = None) -> Dialogue:
+    """Multiple choice in the continuation form: four whole replies to one question, one of them true; about `fact`, or any."""
+    fact = fact or _known_fact(world, rng)
     objects = [fact.object, *world.rivals(fact, rng, 3)]
     rng.shuffle(objects)
     replies = tuple(Triple(fact.subject, fact.relation, o).answer for o in objects)
     return Dialogue("", question(fact.relation, fact.subject, rng, held_out), fact.answer, replies)
 
 
-def letter(world: World, rng: random.Random, held_out: bool = False) -> Dialogue:
+def letter(world: World, rng: random.Random, held_out: bool = False, fact: Triple | None = None) -> Dialogue:
     """Multiple choice in the letter form: the four objects are listed, the reply is a letter."""
-    fact = _known_fact(world, rng)
+    fact = fact or _known_fact(world, rng)
     objects = [fact.object, *world.rivals(fact, rng, 3)]
     rng.shuffle(objects)
     lines = [question(fact.relation, fact.subject, rng, held_out)]

@@ -1,0 +1,66 @@
+"""How a model rates held plain text."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qfbench.errors import UserError
+from qfbench.lm import LanguageModel
+from qfbench.probes import Row
+from qfbench.provenance import hashed
+from qfbench.world.corpus import plain
+from qfbench.world.world import World
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One row a passage, with `nll` (nats per token, mean) and `tokens`.
+
+    `path` is a text file, one passage a line; by default statements about the built-in world. The first `n` passages
+    are taken; a passage's first token has nothing before it and is not rated.
+
+    Raises:
+        UserError: the file cannot be read, or holds no passage of two tokens.
+    """
+
+    path: str | None = None
+    n: int = 40
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise UserError(f"regression.perplexity.n={self.n}: must be 1 or more")
+        _ = self.passages  # a file that cannot be read is found before anything is computed
+
+    @cached_property
+    def passages(self) -> list[str]:
+        return _statements(self.n) if self.path is None else _lines(self.path)[: self.n]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashed(*self.passages)
+
+    def __call__(self, lm: LanguageModel) -> list[Row]:
+        rows: list[Row] = []
+        for k, (passage, nll) in enumerate(zip(self.passages, lm.nll(self.passages), strict=True)):
+            if nll:
+                row = {"kind": "perplexity", "query": passage, "fact_id": f"passage-{k}", "fact_kind": ""}
+                rows.append(row | {"nll": sum(nll) / len(nll), "tokens": len(nll)})
+        if not rows:
+            raise UserError(f"regression.perplexity.path={self.path}: holds no passage of two tokens or more")
+        return rows
+
+
+def _statements(n: int) -> list[str]:
+    world, rng = World(), random.Random("held-text")
+    return [plain(world, rng) for _ in range(n)]
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"regression.perplexity.path={path}: cannot be read as text ({error})") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
