@@ -69,7 +69,7 @@ def understood(rows: pd.DataFrame) -> pd.DataFrame:
 def _left_out(rows: pd.DataFrame) -> list[str]:
     """Facts that were not understood, editors that cannot run."""
     told, out = understood(rows), []
-    taught = edited(rows).groupby(["model", "fact_id"]).size().index
+    taught = edited(rows[rows.kind == "edit"]).groupby(["model", "fact_id"]).size().index
     for model, own in told.drop_duplicates(["run", "model", "fact_id"]).groupby("model", sort=False):
         lost = own[~own.generated]
         if len(lost):

@@ -21,6 +21,7 @@ from yaml import YAMLError
 from qfbench.errors import UserError
 from qfbench.metrics import GENERAL, compared, summary
 from qfbench.provenance import NOT_MEASURED, SAME
+from qfbench.regression.drops import drops, power
 from qfbench.tables import HIDDEN, laid_out
 
 
@@ -28,12 +29,15 @@ def folders(*paths: str | Path) -> list[Path]:
     """The runs in `paths` and below, in order.
 
     Raises:
-        UserError: there is none.
+        UserError: one of them holds none.
     """
-    found = sorted({p.parent for path in paths for p in Path(path).expanduser().rglob("rows.parquet")})
-    if not found:
-        raise UserError(f"{', '.join(map(str, paths))}: holds no run (a folder with rows.parquet and provenance.json)")
-    return found
+    found: set[Path] = set()
+    for path in paths:
+        own = {p.parent for p in Path(path).expanduser().rglob("rows.parquet")}
+        if not own:
+            raise UserError(f"{path}: holds no run (a folder with rows.parquet and provenance.json)")
+        found |= own
+    return sorted(found)
 
 
 def load(*paths: str | Path) -> pd.DataFrame:
@@ -162,12 +166,16 @@ def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) ->
     """
     (folder,), (reference,) = (_one(path) for path in (run, other))
     ours, theirs = (provenance(path) for path in (folder, reference))
-    for name in SAME:
-        if name not in across and ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"{folder} and {reference} differ in {name}: {ours.get(name)} and {theirs.get(name)}; they cannot be "
-                f"compared, unless that is what is studied (--across {name})"
-            )
+    beside = [run.get("models_beside", {}) for run in (ours, theirs)]
+    both = [(ours, theirs), *((beside[0][name], beside[1][name]) for name in beside[0].keys() & beside[1].keys())]
+    for a, b in both:
+        for name in SAME:
+            if name not in across and a.get(name) != b.get(name):
+                of = f" of {a['model']}" if a is not ours else ""
+                raise UserError(
+                    f"{folder} and {reference} differ in {name}{of}: {a.get(name)} and {b.get(name)}; they cannot be "
+                    f"compared, unless that is what is studied (--across {name})"
+                )
     asked = [run.get("regression", {}) for run in (ours, theirs)]
     for name in asked[0].keys() & asked[1].keys():
         if asked[0][name] != asked[1][name]:
@@ -238,6 +246,9 @@ def main() -> None:
             constant = [name for name in ("model", "editor") if table[name].nunique() == 1]
             title = f"{rows.run.nunique()} runs (± 95% over facts, orders and seeds)"
             console.print(laid_out(table, title, [*HIDDEN, *constant]))
+            lost = pooled(rows, drops)
+            if len(lost):
+                console.print(laid_out(lost, f"General ability: {power(lost)}", ["of", *constant]))
     except UserError as error:
         print(f"qfbench-results: {error}", file=sys.stderr)
         sys.exit(2)

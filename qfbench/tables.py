@@ -65,7 +65,7 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
     if column == "lr":
         return f"{value:g}"
     if column in ("p", "detectable"):
-        return f"{value:.2g}" if value >= 0.001 else "<.001"
+        return "<.001" if value < 0.001 else f"{value:.2g}"
     text = f"{value:.2f}"
     width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
     if width:
@@ -98,6 +98,8 @@ def cell(name: str, line: Mapping[str, Any]) -> Cell:
         return Cell("" if value is None else str(value))
     if math.isnan(value):
         return Cell("", number=True)
+    if name == "p" and value < 0.001:
+        return Cell("< 0.001", number=True)
     write: Callable[[float], str] = "{:z.2f}".format if name in TWO_DECIMALS else _short
     low, high = (line.get(f"{name}_{side}", value) for side in ("low", "high"))
     text, interval = write(value), ""

@@ -71,8 +71,9 @@ def test_runs_are_found_below_and_once(tmp_path, two):
     assert folders(tmp_path) == folders(*two, tmp_path) == list(two)
     (tmp_path / "none").mkdir()
     for path in (tmp_path / "none", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=rf"{path}: holds no run"):
-            folders(path)
+        for paths in ((path,), (two[0], path)):
+            with pytest.raises(UserError, match=rf"{path}: holds no run"):
+                folders(*paths)
 
 
 def test_only_rows_of_retention_are_summed_up(tmp_path, two):
@@ -100,6 +101,13 @@ def test_what_two_runs_must_share_is_named_unless_it_is_what_is_studied(tmp_path
     for rest in set(SAME) - {name}:
         with pytest.raises(UserError, match=f"differ in {name}"):
             compare(two[0], other, across=[rest])
+
+
+def test_models_beside_must_be_the_same_as_well(tmp_path, two):
+    a, b = (stored(tmp_path / n, known={"models_beside": {"m": {"model": "m", "model_hash": n}}}) for n in "cd")
+    with pytest.raises(UserError, match=f"{a} and {b} differ in model_hash of m: c and d; they cannot"):
+        compare(a, b)
+    assert len(compare(a, b, across=["model_hash"])) == len(compare(a, two[0])) == 1
 
 
 @pytest.mark.parametrize("name", ["seed", "threads", "batch_size", "git_commit", "python"])
