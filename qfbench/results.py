@@ -15,14 +15,13 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 from omegaconf import OmegaConf
-from rich.console import Console
 from yaml import YAMLError
 
 from qfbench.errors import UserError
 from qfbench.metrics import GENERAL, compared, summary
 from qfbench.provenance import NOT_MEASURED, SAME
 from qfbench.regression.drops import drops, power
-from qfbench.tables import HIDDEN, laid_out
+from qfbench.tables import HIDDEN, console, laid_out
 
 
 def folders(*paths: str | Path) -> list[Path]:
@@ -231,24 +230,24 @@ def main() -> None:
     )
     parser.add_argument("--ship", metavar="DIR", help="copy the runs into the new folder DIR, small enough for git")
     args = parser.parse_args()
-    console = Console()
+    out = console()
     try:
         if args.ship:
             size = sum(path.stat().st_size for run in ship(args.ship, *args.folders) for path in run.iterdir())
-            console.print(f"wrote [bold]{args.ship}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
+            out.print(f"wrote [bold]{args.ship}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
         elif args.against:
             frame = pd.concat([compare(folder, args.against, args.across) for folder in folders(*args.folders)])
             title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"
-            console.print(laid_out(frame, title, [*HIDDEN, "model_of", "editor_of", "regime_of"]))
+            out.print(laid_out(frame, title, [*HIDDEN, "model_of", "editor_of", "regime_of"]))
         else:
             rows = retention(*args.folders)
             table = pooled(rows)
             constant = [name for name in ("model", "editor") if table[name].nunique() == 1]
             title = f"{rows.run.nunique()} runs (± 95% over facts, orders and seeds)"
-            console.print(laid_out(table, title, [*HIDDEN, *constant]))
+            out.print(laid_out(table, title, [*HIDDEN, *constant]))
             lost = pooled(rows, drops)
             if len(lost):
-                console.print(laid_out(lost, f"General ability: {power(lost)}", ["of", *constant]))
+                out.print(laid_out(lost, f"General ability: {power(lost)}", ["of", *constant]))
     except UserError as error:
         print(f"qfbench-results: {error}", file=sys.stderr)
         sys.exit(2)

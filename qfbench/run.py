@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
+from qfbench import tables
 from qfbench.cache import remembered
 from qfbench.delta import WeightDelta
 from qfbench.editors import Editor
@@ -38,7 +39,6 @@ from qfbench.probes import Row, ask
 from qfbench.provenance import SAME, protocol, provenance
 from qfbench.regression import Suite
 from qfbench.store import ParquetStore, alone, write_json, write_text
-from qfbench.tables import laid_out
 from qfbench.tracking import About, Mirror
 
 PACKAGE = Path(__file__).parent
@@ -164,7 +164,7 @@ class Run:
         self.keep(frame, name or self.task)
         if self.brief:
             return
-        self.console.print(laid_out(frame if printed is None else printed, title, hidden))
+        self.console.print(tables.laid_out(frame if printed is None else printed, title, hidden))
 
     def keep(self, frame: pd.DataFrame, name: str) -> None:
         """Keep a frame as CSV beside the rows."""
@@ -219,7 +219,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
     Raises:
         UserError: bad input, or another process works in the folder; what had been measured by then is on disk.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 100)
+    console = console or tables.console()
     for name in ("seed", "threads"):
         if not isinstance(cfg[name], int) or cfg[name] < 0:
             raise UserError(f"{name}={cfg[name]}: must be a whole number, 0 or more")

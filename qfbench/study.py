@@ -17,7 +17,7 @@ from rich.console import Console
 
 from qfbench import plots, results
 from qfbench.metrics import at_steps, by_kind
-from qfbench.tables import HIDDEN, laid_out
+from qfbench.tables import HIDDEN, console, laid_out
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class AtTheEnd(Callback):
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.run.dir)
         if (folder / "retention.csv").exists():
-            self.study(results.retention(folder)).save(folder / "study", Console())
+            self.study(results.retention(folder)).save(folder / "study", console())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder, console = Path(config.hydra.sweep.dir), Console()
+        folder, out = Path(config.hydra.sweep.dir), console()
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {*(config.hydra.sweeper.params or {}), *(one.key_or_group for one in given if one.is_sweep_override())}
         base = _others(config.hydra.overrides.task, swept)
@@ -100,9 +100,9 @@ class AtTheEnd(Callback):
         runs = [run for run in runs if _others(_overrides(run), swept) == base]
         if runs:
             other = sorted(one for one in base if not one.startswith("experiment="))
-            self.study(results.retention(*runs)).save(folder / "_".join(["study", *map(_plain, other)]), console)
+            self.study(results.retention(*runs)).save(folder / "_".join(["study", *map(_plain, other)]), out)
         else:
-            console.print(f"no study: no run in {folder} has the settings of this sweep")
+            out.print(f"no study: no run in {folder} has the settings of this sweep")
 
 
 def _overrides(folder: Path) -> list[str]:

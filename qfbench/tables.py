@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -38,6 +40,11 @@ HEADERS = {
 }
 
 
+def console() -> Console:
+    """The terminal, or where output goes elsewhere 100 columns."""
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
 def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> Table:
     """A frame as a table, without its `hidden` columns.
 
@@ -48,7 +55,7 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
     shown = [column for column in frame if column not in {*hidden, *beside}]
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for column in shown:
-        header = HEADERS.get(column, str(column).replace("_", " "))
+        header = HEADERS.get(column, str(column).rpartition(".")[2].replace("_", " "))
         table.add_column(header, justify="right" if frame[column].dtype.kind in "fi" else "left")
     for line in frame.to_dict("records"):
         table.add_row(*(_cell(column, line) for column in shown))

@@ -205,7 +205,9 @@ def test_replies_are_the_first_facts_of_order_0_with_passes_and_failures(text):
 
 def test_a_sample_has_twelve_facts_and_single_edits_have_no_end(tmp_path):
     rows = run_rows(14, regimes=("single",), deaf=(1,))
-    stored(tmp_path, rows.replace({"fact_id": {"fact-prior1": "fact-1"}}), n=14)  # prior knowledge is asked all the same
+    stored(
+        tmp_path, rows.replace({"fact_id": {"fact-prior1": "fact-1"}}), n=14
+    )  # prior knowledge is asked all the same
     shown = Page(page(tmp_path))
     lines = shown.lines("replies")
     assert [line["query"] for line in lines] == ["edit 0?", "edit 1? (not understood)"] + [
