@@ -84,11 +84,13 @@ MEASURES = {
     "prior": ("#D55E00", "-", "^"),
     "refused": ("#E69F00", "--", "v"),
     "leakage": ("#CC79A7", "-.", "x"),
+    "accuracy": ("#000000", ":", "P"),
 }
 
 
-KEPT = {"retention": MEASURES["efficacy"], "prior": MEASURES["prior"], "refused": MEASURES["refused"]}
+KEPT = {"retention": MEASURES["efficacy"]} | {name: MEASURES[name] for name in ("prior", "refused", "accuracy")}
 LABELS = {"held_out": "paraphrase, unseen wording", "refused": "refusals kept", "prior": "prior knowledge"}
+LABELS |= {"accuracy": "questions of general ability"}
 
 
 def over_settings(table: pd.DataFrame, setting: str, label: str) -> Figure:
