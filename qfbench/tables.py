@@ -73,10 +73,12 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
         return f"{value:g}"
     if column in ("p", "detectable"):
         return "<.001" if value < 0.001 else f"{value:.2g}"
-    text = f"{value:.2f}"
     width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
+    # Nats may differ by little; shares are never known to more than two decimals.
+    decimals = min(5, max(2, -math.floor(math.log10(width)))) if column == "shift" and width else 2
+    text = f"{value:.{decimals}f}"
     if width:
-        text = re.sub(r"(?<!\d)0\.", ".", f"{text}±{width:.2f}")
+        text = re.sub(r"(?<!\d)0\.", ".", f"{text}±{width:.{decimals}f}")
     return text + "~" * (line.get(f"{column}_same") is True)
 
 
