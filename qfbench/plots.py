@@ -167,6 +167,36 @@ def bars(table: pd.DataFrame, measures: Sequence[str]) -> Figure:
     return figure
 
 
+def inflation(table: pd.DataFrame) -> Figure:
+    """How far the teacher-forced score (hollow) stands above the share of replies that are right (filled), with their intervals.
+
+    A line for each line of `table` (model, editor, regime) that has both.
+    """
+    lines = table.dropna(subset=["efficacy", "forced"]).to_dict("records")
+    several = {name for name in ("model", "regime") if len({line[name] for line in lines}) > 1}
+    figure = Figure(figsize=(7, 1.1 + 0.35 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    for at, line in enumerate(lines):
+        axes.plot([line["efficacy"], line["forced"]], [at, at], color="#999999", lw=2, zorder=1)
+        for name, (place, face, colour) in {
+            "efficacy": (at + 0.08, "#0072B2", "#0072B2"),
+            "forced": (at - 0.08, "none", "#D55E00"),
+        }.items():
+            low, high = (line.get(f"{name}_{side}", line[name]) for side in ("low", "high"))
+            axes.plot([low, high], [place, place], color=colour, lw=0.9, zorder=1.5)
+            size = 5 if name == "efficacy" else 9  # where they are equal, one stands in the other
+            axes.plot(line[name], at, "o", ms=size, mfc=face, mec=colour, mew=1.5, zorder=2 + (size < 9))
+        axes.annotate(
+            f"{line['inflation']:+z.2f}", (1.02, at), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )
+    names = [", ".join(str(line[n]) for n in ("editor", *sorted(several))) for line in lines]
+    axes.set_yticks(range(len(lines)), names)
+    axes.set(xlim=(-0.03, 1.03), xlabel="right replies (filled), right tokens when the answer is fed in (hollow)")
+    axes.invert_yaxis()
+    _plain(axes)
+    return figure
+
+
 def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:
     """What single edits teach and keep against the learning rate, a panel per scheme.
 

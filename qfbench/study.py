@@ -62,7 +62,11 @@ def generalization(rows: pd.DataFrame) -> Study:
     table = pd.concat([told.assign(editor="in context"), table[table.regime == "single"]])
     kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
     names = ("efficacy", "paraphrase", "held_out", "portability", "forced")
-    return Study({"generalization": table, "by_kind": kinds}, {"generalization": plots.bars(table, names)})
+    figures = {
+        "generalization": plots.bars(table, names),
+        "inflation": plots.inflation(table[table.regime == "single"]),
+    }
+    return Study({"generalization": table, "by_kind": kinds}, figures)
 
 
 def model_scale(rows: pd.DataFrame) -> Study:
@@ -74,7 +78,9 @@ def model_scale(rows: pd.DataFrame) -> Study:
 
 def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1000)) -> Study:
     """What is left after so many edits, of taught facts, of the first one, of prior knowledge."""
-    return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))})
+    taught = results.pooled(rows)
+    figures = {"inflation": plots.inflation(taught[taught.regime == "sequential"])}
+    return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))}, figures)
 
 
 class AtTheEnd(Callback):
