@@ -123,7 +123,8 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
     """Copy the runs in `paths` and below into the new folder `to`, small enough for a repository; returns the copies.
 
     Every table and figure stays as it is. Left out are the changes of weights, the figures, and of the rows what no measure uses and
-    what does not compress: replies that did not end, the nats per token (`nll`) of what is not held text, and log-probabilities of choices.
+    what does not compress: replies that did not end, the nats per token (`nll`) of what is not held text, texts of
+    questions about general ability, and log-probabilities of their choices but where a measure uses them.
 
     Raises:
         UserError: there is no run, two have the same name, or `to` holds something already.
@@ -142,7 +143,11 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
             rows["nll"] = rows.nll.where(rows.kind == "perplexity")
             rows["reply"] = rows.reply.where(rows.stopped.eq(True))
         if "logprobs" in rows:
-            rows = rows.drop(columns="logprobs").assign(gold_logprob=rows.gold_logprob.where(_shown(rows)))
+            rows = rows.drop(columns="logprobs").assign(
+                gold_logprob=rows.gold_logprob.where(_shown(rows)).astype("float32")
+            )
+            texts = ["query", "expected"]
+            rows[texts] = rows[texts].where(rows.kind != "question", "")
         table = pyarrow.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata()  # which is 16 kB a file
         pyarrow.parquet.write_table(
             table, to / folder.name / "rows.parquet", compression="zstd", compression_level=19, store_schema=False
