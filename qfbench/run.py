@@ -35,6 +35,7 @@ from qfbench.folder import check_folder, check_same, contents, name_of, recorded
 from qfbench.lm import LanguageModel
 from qfbench.probes import Row, ask
 from qfbench.provenance import SAME, protocol, provenance
+from qfbench.results import retention
 from qfbench.store import ParquetStore, alone, write_json, write_text
 from qfbench.tables import laid_out
 from qfbench.tracking import About, Mirror
@@ -311,11 +312,17 @@ OmegaConf.register_new_resolver("run_name", name_of, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
+def _hydra_main(cfg: DictConfig) -> float | None:
+    """One run; for a search its value, also of a run that was finished before."""
     job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
     try:
-        execute(cfg, Path(job.runtime.output_dir), brief=job.mode == RunMode.MULTIRUN)
+        execute(cfg, folder, brief=job.mode == RunMode.MULTIRUN)
+        return None if cfg.objective is None else float(build(cfg, "objective")(retention(folder)))
     except (UserError, FloatingPointError) as error:
+        if cfg.objective is not None and job.mode == RunMode.MULTIRUN:
+            print(f"qfbench: {error}; this trial counts 0", file=sys.stderr)
+            return 0.0
         if job.mode == RunMode.MULTIRUN:
             raise  # the other jobs go on; Hydra reports this one after them
         print(f"qfbench: {error}", file=sys.stderr)

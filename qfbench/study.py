@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from qfbench import plots, results
-from qfbench.metrics import at_steps, by_kind
+from qfbench.metrics import at_steps, balance_at_the_end, by_kind
 from qfbench.tables import HIDDEN, laid_out
 
 
@@ -26,6 +26,7 @@ class Study:
 
     tables: Mapping[str, pd.DataFrame]
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    verdict: str = ""
 
     def save(self, folder: Path, console: Console) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +38,8 @@ class Study:
         name, table = next(iter(self.tables.items()))
         constant = [c for c in ("model", "editor", "regime") if c in table and table[c].nunique() == 1]
         console.print(laid_out(table, f"{name} (± 95%)", [*HIDDEN, *constant]))
+        if self.verdict:
+            console.print(self.verdict, markup=False, soft_wrap=True)
         console.print(f"study: [bold]{folder}[/bold]", soft_wrap=True)
 
 
@@ -75,6 +78,19 @@ def model_scale(rows: pd.DataFrame) -> Study:
 def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1000)) -> Study:
     """What is left after so many edits, of taught facts, of the first one, of prior knowledge."""
     return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))})
+
+
+def trials(rows: pd.DataFrame) -> Study:
+    """The trials of a search, best first, and the settings of the best as overrides. Trials that failed are not among them."""
+    settings = list(dict.fromkeys([*rows.attrs["settings"], *(name for name in rows if name.startswith("editor."))]))
+    values = {run: balance_at_the_end(own) for run, own in rows.groupby("run")}
+    rows = rows.assign(balance=rows.run.map(values))
+    rows.attrs = {"settings": ["balance", *settings]}
+    table = results.pooled(rows)
+    table = table[table.of == table.regime].sort_values("balance", ascending=False, kind="stable", ignore_index=True)
+    best = table.iloc[0]
+    overrides = " ".join(f"{name}={best[name]}" for name in settings)
+    return Study({"trials": table}, verdict=f"best of {len(values)}, balance {best.balance:.3f}: {overrides}")
 
 
 class AtTheEnd(Callback):
