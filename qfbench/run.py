@@ -315,16 +315,16 @@ OmegaConf.register_new_resolver("run_name", name_of, replace=True)
 def _hydra_main(cfg: DictConfig) -> float | None:
     """One run; for a search its value, also of a run that was finished before."""
     job = HydraConfig.get()
-    folder = Path(job.runtime.output_dir)
+    folder, swept = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     try:
-        execute(cfg, folder, brief=job.mode == RunMode.MULTIRUN)
+        execute(cfg, folder, brief=swept)
         return None if cfg.objective is None else float(build(cfg, "objective")(retention(folder)))
     except (UserError, FloatingPointError) as error:
-        if cfg.objective is not None and job.mode == RunMode.MULTIRUN:
+        if swept and cfg.objective is not None and isinstance(error, FloatingPointError):
             print(f"qfbench: {error}; this trial counts 0", file=sys.stderr)
             return 0.0
-        if job.mode == RunMode.MULTIRUN:
-            raise  # the other jobs go on; Hydra reports this one after them
+        if swept:
+            raise  # the other jobs go on, and Hydra reports this one after them; a search ends, for its settings are to be mended
         print(f"qfbench: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -81,16 +81,20 @@ def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1
 
 
 def trials(rows: pd.DataFrame) -> Study:
-    """The trials of a search, best first, and the settings of the best as overrides. Trials that failed are not among them."""
-    settings = list(dict.fromkeys([*rows.attrs["settings"], *(name for name in rows if name.startswith("editor."))]))
+    """The trials of a search, best first, and all settings of the best one's editor as overrides. Those that diverged are left out."""
+    differ = dict.fromkeys([*rows.attrs["settings"], *(name for name in rows if name.startswith("editor."))])
     values = {run: balance_at_the_end(own) for run, own in rows.groupby("run")}
     rows = rows.assign(balance=rows.run.map(values))
-    rows.attrs = {"settings": ["balance", *settings]}
+    rows.attrs = {"settings": ["run", "balance", *differ]}
     table = results.pooled(rows)
-    table = table[table.of == table.regime].sort_values("balance", ascending=False, kind="stable", ignore_index=True)
-    best = table.iloc[0]
-    overrides = " ".join(f"{name}={best[name]}" for name in settings)
-    return Study({"trials": table}, verdict=f"best of {len(values)}, balance {best.balance:.3f}: {overrides}")
+    table = table[table.of == table.regime].sort_values("balance", ascending=False, kind="stable")
+    best = results.settings(Path(table.run.iloc[0]))
+    overrides = [f"{name}={best[name]}" for name in best if name.startswith("editor.") and name != "editor._target_"]
+    verdict = f"best of {len(values)}, balance {table.balance.iloc[0]:.3f}: {' '.join(overrides)}"
+    measures = [f"{name}{beside}" for name in ("retention", "prior", "refused") for beside in ("", "_low", "_high")]
+    return Study(
+        {"trials": table[[name for name in ("balance", *differ, *measures) if name in table]]}, verdict=verdict
+    )
 
 
 class AtTheEnd(Callback):

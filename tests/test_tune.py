@@ -100,14 +100,15 @@ def test_a_finished_job_returns_its_value_again(tmp_path, tabled, monkeypatch): 
     assert value_of(cfg, tmp_path / "run", monkeypatch) == first
 
 
-@pytest.mark.parametrize("error", [FloatingPointError("sequential, after 2 edits: NaN"), UserError("editor.layer=9")])
-def test_a_trial_that_fails_counts_0_and_says_why(tmp_path, monkeypatch, capsys, error):
-    def fail(*args, **kwargs):
-        raise error
+def test_a_trial_that_diverges_counts_0_and_one_that_cannot_be_run_ends_the_search(tmp_path, monkeypatch, capsys):
+    def fail(error):
+        monkeypatch.setattr(qfbench.run, "execute", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+        return value_of(settings(), tmp_path, monkeypatch)
 
-    monkeypatch.setattr(qfbench.run, "execute", fail)
-    assert value_of(settings(), tmp_path, monkeypatch) == 0.0
-    assert capsys.readouterr().err == f"qfbench: {error}; this trial counts 0\n"
+    assert fail(FloatingPointError("sequential, after 2 edits: NaN")) == 0.0
+    assert capsys.readouterr().err == "qfbench: sequential, after 2 edits: NaN; this trial counts 0\n"
+    with pytest.raises(UserError, match="editor.layer=9"):
+        fail(UserError("editor.layer=9"))
 
 
 def test_the_trials_are_listed_best_first_with_the_overrides_of_the_best(tmp_path, quick):  # noqa: F811
@@ -121,15 +122,15 @@ def test_the_trials_are_listed_best_first_with_the_overrides_of_the_best(tmp_pat
     table = study.tables["trials"]
     assert list(table["editor.layer"]) == [1, 2]  # nothing was taught at 3
     assert list(table.balance) == sorted(table.balance, reverse=True)
-    assert study.verdict == "best of 3, balance 1.000: editor.broken= editor.layer=1"
+    assert study.verdict == "best of 3, balance 1.000: editor.layer=1 editor.broken="
     console = Console(record=True, width=100)
     study.save(tmp_path / "study", console)
     assert study.verdict in console.export_text()
     assert len(pd.read_csv(tmp_path / "study" / "trials.csv")) == 2
 
 
-SMALL = ["experiment=tune", "model=world-xs", "edits=2", "task.retention.orders=1", "threads=1"]
-SEARCH = [sys.executable, "-m", "qfbench.run", *SMALL, "editor.layer=2,3,9", "hydra.sweeper.n_trials=4"]
+SMALL = ["experiment=tune", "editor=finetune", "model=world-xs", "edits=2", "task.retention.orders=1", "threads=1"]
+SEARCH = [sys.executable, "-m", "qfbench.run", *SMALL, "editor.lr=0.05,1e37", "hydra.sweeper.n_trials=4"]
 
 
 @pytest.mark.slow
@@ -139,10 +140,10 @@ def test_a_search_that_is_killed_goes_on_with_the_same_trials(plugin, tmp_path):
     found, ends = [], []
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-        runs = tmp_path / name / "outputs" / "tune" / "world-xs-qf"
+        runs = tmp_path / name / "outputs" / "tune" / "world-xs-finetune"
         if name == "killed":
             with subprocess.Popen(SEARCH, cwd=tmp_path / name, env=env, stdout=subprocess.DEVNULL) as process:
-                while process.poll() is None and len(list(runs.glob("*/rows.parquet"))) < 2:
+                while process.poll() is None and len(list(runs.glob("world-xs-*"))) < 4:
                     time.sleep(0.01)
                 process.send_signal(signal.SIGKILL)
             assert process.returncode == -signal.SIGKILL
@@ -152,9 +153,13 @@ def test_a_search_that_is_killed_goes_on_with_the_same_trials(plugin, tmp_path):
         found.append(re.findall(r"#\d+ : (.*)", done.stdout))
         (study,) = runs.glob("study*")
         ends.append([(study / "trials.csv").read_text(), (runs / "optimization_results.yaml").read_text()])
-        assert f"balance {pd.read_csv(study / 'trials.csv').balance[0]:.3f}: editor." in done.stdout
+        best = re.search(r"best of 2, balance (\S+): (.*)", done.stdout)
+        assert float(best[1]) == pytest.approx(OmegaConf.load(runs / "optimization_results.yaml").best_value, abs=1e-3)
+        assert composed("experiment=retention", "editor=finetune", *best[2].split()).editor.lr == 0.05
     assert len(found[0]) == 4
     assert found[0] == found[1]
     assert ends[0] == ends[1]
     assert "measured already" in done.stdout
-    assert ("editor.layer=9" in "".join(found[0])) == ("this trial counts 0" in done.stderr)
+    assert "editor.lr=1e+37" in "".join(found[0])
+    assert "the loss is not finite" in done.stderr
+    assert "this trial counts 0" in done.stderr
