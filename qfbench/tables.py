@@ -55,13 +55,13 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
 
 
 def _cell(column: str, line: Mapping[str, Any]) -> str:
-    """A table's cell: shares with two decimals and half of their interval's width, rates as they were given."""
+    """A table's cell: shares with two decimals and half of their interval's width, rates and other settings as they were given."""
     value = line[column]
     if not isinstance(value, float):
         return escape(str(value))
     if math.isnan(value):
         return ""
-    if column == "lr":
+    if column == "lr" or "." in column:  # a setting, as `editor.lr`
         return f"{value:g}"
     text = f"{value:.2f}"
     width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
