@@ -334,7 +334,7 @@ def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
 def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
     """One line per setting of the editor: the measures of `summary`, over single edits.
 
-    `balance` is the harmonic mean of efficacy and prior: high only where an edit teaches and spares at once.
+    `balance` is that of efficacy and prior.
     """
     single = rows[(rows.condition == "edited") & (rows.regime == "single")]
     out = []
@@ -342,10 +342,25 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
         line = dict(zip(settings, key, strict=True))
         line |= _estimates(_samples({"fresh": group[group.fresh.astype(bool)], "kept": group}))
         line["norm"] = group.relative_norm.mean()
-        taught, kept = line.get("efficacy", float("nan")), line.get("prior", float("nan"))
-        line["balance"] = 2 * taught * kept / (taught + kept) if taught + kept else 0.0
+        line["balance"] = balance(line.get("efficacy", float("nan")), line.get("prior", float("nan")))
         out.append(line)
     return pd.DataFrame(out).dropna(axis=1, how="all")
+
+
+def balance(taught: float, kept: float) -> float:
+    """Their harmonic mean: high only where facts are taught and prior knowledge is spared at once."""
+    return 2 * taught * kept / (taught + kept) if taught + kept else 0.0
+
+
+def balance_at_the_end(rows: pd.DataFrame) -> float:
+    """What a search maximizes: the `balance` of `retention` and `prior` of the summary, the mean over regimes.
+
+    Of `single`, which retains nothing, it is that of `efficacy` and `prior`. 0 where nothing could be taught.
+    """
+    ends = [
+        shares(parts["kept"], "edit", "prior") for who, parts in summary_lines(rows) if who.get("of") == who["regime"]
+    ]
+    return float(np.mean([balance(end["edit"], end["prior"]) for end in ends])) if ends else 0.0
 
 
 def _last(rows: pd.DataFrame) -> pd.DataFrame:

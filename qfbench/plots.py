@@ -57,9 +57,7 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         chance = questions.chance.mean()
         if chance > 0:
             axes.axhline(chance, color="black", ls="--", lw=0.8)
-            axes.annotate(
-                "chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=8
-            )
+            axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=8)
     kept.set(title="taught facts still answered", ylabel="share of replies (generated)")
     prior.set(title="prior knowledge still answered")
     for axes in (kept, prior, *ability):

@@ -22,7 +22,7 @@ PROBES = 1
 
 
 # Settings on which no number depends.
-NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker")
+NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker", "objective")
 # What two runs must share before their numbers may be compared.
 SAME = ("suite_hash", "model_hash", "config_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
 

@@ -38,6 +38,7 @@ from qfbench.lm import LanguageModel
 from qfbench.probes import Row, ask
 from qfbench.provenance import SAME, protocol, provenance
 from qfbench.regression import Suite
+from qfbench.results import retention
 from qfbench.store import ParquetStore, alone, write_json, write_text
 from qfbench.tracking import About, Mirror
 
@@ -325,13 +326,19 @@ OmegaConf.register_new_resolver("run_name", name_of, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
+def _hydra_main(cfg: DictConfig) -> float | None:
+    """One run; for a search its value, also of a run that was finished before."""
     job = HydraConfig.get()
+    folder, swept = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     try:
-        execute(cfg, Path(job.runtime.output_dir), brief=job.mode == RunMode.MULTIRUN)
+        execute(cfg, folder, brief=swept)
+        return None if cfg.objective is None else float(build(cfg, "objective")(retention(folder)))
     except (UserError, FloatingPointError) as error:
-        if job.mode == RunMode.MULTIRUN:
-            raise  # the other jobs go on; Hydra reports this one after them
+        if swept and cfg.objective is not None and isinstance(error, FloatingPointError):
+            print(f"qfbench: {error}; this trial counts 0", file=sys.stderr)
+            return 0.0
+        if swept:
+            raise  # the other jobs go on, and Hydra reports this one after them; a search ends, for its settings are to be mended
         print(f"qfbench: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from qfbench import plots, results
-from qfbench.metrics import at_steps, by_kind
+from qfbench.metrics import at_steps, balance_at_the_end, by_kind
 from qfbench.tables import HIDDEN, console, laid_out
 
 
@@ -26,6 +26,7 @@ class Study:
 
     tables: Mapping[str, pd.DataFrame]
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    verdict: str = ""
 
     def save(self, folder: Path, console: Console) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +38,8 @@ class Study:
         name, table = next(iter(self.tables.items()))
         constant = [c for c in ("model", "editor", "regime") if c in table and table[c].nunique() == 1]
         console.print(laid_out(table, f"{name} (± 95%)", [*HIDDEN, *constant]))
+        if self.verdict:
+            console.print(self.verdict, markup=False, soft_wrap=True)
         console.print(f"study: [bold]{folder}[/bold]", soft_wrap=True)
 
 
@@ -81,6 +84,23 @@ def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1
     taught = results.pooled(rows)
     figures = {"inflation": plots.inflation(taught[taught.regime == "sequential"])}
     return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))}, figures)
+
+
+def trials(rows: pd.DataFrame) -> Study:
+    """The trials of a search, best first, and all settings of the best one's editor as overrides. Those that diverged are left out."""
+    differ = dict.fromkeys([*rows.attrs["settings"], *(name for name in rows if name.startswith("editor."))])
+    values = {run: balance_at_the_end(own) for run, own in rows.groupby("run")}
+    rows = rows.assign(balance=rows.run.map(values))
+    rows.attrs = {"settings": ["run", "balance", *differ]}
+    table = results.pooled(rows)
+    table = table[table.of == table.regime].sort_values("balance", ascending=False, kind="stable")
+    best = results.settings(Path(table.run.iloc[0]))
+    overrides = [f"{name}={best[name]}" for name in best if name.startswith("editor.") and name != "editor._target_"]
+    verdict = f"best of {len(values)}, balance {table.balance.iloc[0]:.3f}: {' '.join(overrides)}"
+    measures = [f"{name}{beside}" for name in ("retention", "prior", "refused") for beside in ("", "_low", "_high")]
+    return Study(
+        {"trials": table[[name for name in ("balance", *differ, *measures) if name in table]]}, verdict=verdict
+    )
 
 
 class AtTheEnd(Callback):

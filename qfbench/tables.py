@@ -55,7 +55,7 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
     shown = [column for column in frame if column not in {*hidden, *beside}]
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for column in shown:
-        header = HEADERS.get(column, str(column).rpartition(".")[2].replace("_", " "))
+        header = HEADERS.get(column, str(column).replace("_", " ").replace(".", ".\n"))
         table.add_column(header, justify="right" if frame[column].dtype.kind in "fi" else "left")
     for line in frame.to_dict("records"):
         table.add_row(*(_cell(column, line) for column in shown))
@@ -63,13 +63,13 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
 
 
 def _cell(column: str, line: Mapping[str, Any]) -> str:
-    """A table's cell: shares with two decimals and half of their interval's width, rates as they were given."""
+    """A table's cell: shares with two decimals and half of their interval's width, rates and other settings as they were given."""
     value = line[column]
     if not isinstance(value, float):
         return escape(str(value))
     if math.isnan(value):
         return ""
-    if column == "lr":
+    if column == "lr" or "." in column:  # a setting, as `editor.lr`
         return f"{value:g}"
     if column in ("p", "detectable"):
         return "<.001" if value < 0.001 else f"{value:.2g}"

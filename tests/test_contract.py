@@ -175,6 +175,8 @@ def test_data_give_the_texts_of_any_step_and_the_same_when_resumed(name, jsonl):
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
+    if name == "tune":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     cfg = composed(f"experiment={name}")
     assert cfg.task
     if OmegaConf.missing_keys(cfg.data):

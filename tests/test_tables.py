@@ -36,6 +36,7 @@ def cell(value, low=None, high=None, same=None, column="prior"):
         ((0.5, 0.25, 0.75, False), ".50±.25"),
         ((0.0, 0.0, 0.0, True), "0.00~"),
         ((0.0004, None, None, None, "lr"), "0.0004"),
+        ((0.0004, None, None, None, "editor.lr"), "0.0004"),
         (("QF",), "QF"),
         pytest.param((10.0, 9.5, 10.5), "10.00±.50"),
         pytest.param((30.25, 20.0, 40.5), "30.25±10.25"),
