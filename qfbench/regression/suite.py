@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from qfbench.lm import LanguageModel
 from qfbench.probes import Row
 
 
+@runtime_checkable
 class Suite(Protocol):
     """Asks a model as it is, and gives one row per passage or question, the same ones every time.
 
