@@ -62,6 +62,8 @@ def mmlu(
             data = [{"task": known[subject], "custom_dataset": _reader(path, subject, shots)} for subject in wanted]
             spec = [{"group": "local", "task": data}]
         loaded = load(manager, spec, shots, "" if path else "; give regression.mmlu.path=FOLDER to take local files")
+    for subject in wanted:
+        loaded["tasks"][known[subject]].set_config("task_alias", subject)  # those of the continuation form have none
     groups = {name: _group(manager.task_index[name].tags) for name in loaded["tasks"]}
     return Questions(loaded["tasks"], groups, limit, seed)
 
