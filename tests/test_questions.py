@@ -246,8 +246,8 @@ def test_in_a_dialogue_the_templates_line_break_belongs_to_the_prompt(xs):
 
 
 def test_without_a_dialogue_a_prompts_last_white_space_belongs_to_the_answer_as_in_lm_eval(xs):
-    row = suite(doc_to_text=lambda doc: doc["q"] + "\n", target_delimiter="")(xs)[0]
-    assert row["logprobs"][1] == pytest.approx(logprob(xs, DOCS[0]["q"], "\nBo of the hills"), abs=1e-4)
+    row = suite(doc_to_text=lambda doc: f"Firm {doc['a']}\n", target_delimiter="")(xs)[0]
+    assert row["logprobs"][1] == pytest.approx(logprob(xs, "Firm 0", "\nBo of the hills"), abs=1e-4)
 
 
 def test_a_model_without_a_template_is_asked_plainly(xs, plain_tokenizer):
