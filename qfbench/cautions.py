@@ -9,7 +9,7 @@ import pandas as pd
 
 from qfbench.metrics import over_sequence
 from qfbench.regression.drops import SMALL, drops
-from qfbench.results import groups
+from qfbench.results import groups, pooled
 
 FEW_FACTS, FEW_SEQUENCES = 30, 3
 ROUNDED = 1e-3  # share of a change lost in the model's dtype
@@ -154,7 +154,7 @@ def _rounding(rows: pd.DataFrame) -> list[str]:
 
 def _power(rows: pd.DataFrame) -> list[str]:
     """Suites of questions that are too small to show a drop that matters."""
-    lost = drops(rows)
+    lost = pooled(rows, drops)
     out = []
     for suite, own in lost.groupby("suite", sort=False) if len(lost) else ():
         if not own.detectable.max() <= SMALL:

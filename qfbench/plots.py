@@ -54,7 +54,7 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
             axes.plot(share.index, share, color=colour, ls=line, marker=marker, ms=3.5, label=label)
     for axes in ability:
         axes.set(title=f"general ability ({questions.suite.iloc[0]}, accuracy)")
-        chance = questions.chance.mean()
+        chance = questions.chance.mean() if "chance" in questions else 0.0
         if chance > 0:
             axes.axhline(chance, color="black", ls="--", lw=0.8)
             axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=8)

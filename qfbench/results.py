@@ -157,8 +157,8 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
 
 def _shown(rows: pd.DataFrame) -> pd.Series:
     """Whether a row's log-probability stands behind a measure: not in the midst of a sequence."""
-    sequence = [name for name in ("model", "editor", "regime", "order") if name in rows]
-    last = rows.groupby(sequence, dropna=False).step.transform("max")
+    sequence = [rows[name] for name in ("model", "editor", "regime", "order") if name in rows]
+    last = rows.step.where(rows.kind == "question").groupby(sequence, dropna=False).transform("max")
     return (rows.taught != rows.step) | (rows.step == last)
 
 

@@ -8,10 +8,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from quiz import TEMPLATES, hub
 
 from qfbench import Fact, LanguageModel, Unsupported, UserError
 from qfbench.delta import WeightDelta
 from qfbench.qft.layer import with_firing_layers
+from qfbench.regression import Suite
 from qfbench.run import CONF, LOADED, build
 from qfbench.tracking import Tracker
 from qfbench.world.corpus import Dialogue
@@ -188,9 +190,16 @@ def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
 
 
 @pytest.mark.parametrize("name", options("regression"))
-def test_a_regression_suite_gives_rows_of_its_own_kind(name, xs):
-    suites = build(composed(f"regression=[{name}]"), "regression")
+def test_a_regression_suite_gives_rows_of_its_own_kind(name, xs, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    few = [f"regression.{name}.limit=1"] if name in ("world_mc", "mmlu", "lm_eval") else []
+    few += ["regression.mmlu.subjects=[anatomy]"] if name == "mmlu" else []
+    if name == "lm_eval":
+        few += ["regression.lm_eval.tasks=[mmlu_anatomy]", f"regression.lm_eval.include={TEMPLATES / 'default'}"]
+    suites = build(composed(f"regression=[{name}]", *few), "regression")
     for suite in suites.values():
+        assert isinstance(suite, Suite)
+        assert build(composed(f"regression=[{name}]", *few), "regression")[name].fingerprint == suite.fingerprint
         rows = suite(xs)
         assert rows
         assert all({"kind", "query", "fact_id", "fact_kind"} <= row.keys() for row in rows)

@@ -1,7 +1,6 @@
 """Editors whose result is known beforehand, through the whole retention task and its table."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import pandas as pd
 import pytest
@@ -13,14 +12,14 @@ from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import QF, Editor
 from qfbench.facts.world import world
 from qfbench.regimes import joint, sequential
-from qfbench.regression import perplexity
+from qfbench.regression import Perplexity
 from qfbench.retention import retention
 from qfbench.run import Run
 from qfbench.sites import Site
 from qfbench.store import ParquetStore
 
 SITE = Site(2, "down_proj")
-HELD = partial(perplexity, n=8)
+HELD = Perplexity(n=8)
 REGIMES = {"sequential": sequential, "joint": joint}
 
 

@@ -53,7 +53,6 @@ def test_no_such_file(error_of, tmp_path, monkeypatch, name):
         message = error_of(name, path)
         assert message.startswith(f"facts.path={path}: no such file")
         assert "hub" in message
-    assert "pip install 'qfbench[hub]'" in error_of(name, "owner/name")
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from qfbench import UserError
 from qfbench.metrics import over_sequence, summary
 from qfbench.regimes import joint, sequential, single
-from qfbench.regression import perplexity
+from qfbench.regression import Perplexity
 from qfbench.retention import retention
 
 TEXT = "\ufeffQi started Oxinnovate.\n\n  Where is Łódź? Far away, and further still.  \r\nNo.\n"
@@ -22,7 +22,7 @@ def path(tmp_path):
 
 def test_each_line_of_a_file_is_a_passage_rated_by_its_tokens(tiny, path):
     lm = tiny("llama")
-    rows = perplexity(lm, path)
+    rows = Perplexity(path)(lm)
     said = ["Qi started Oxinnovate.", "Where is Łódź? Far away, and further still.", "No."]
     assert [row["query"] for row in rows] == said
     assert [row["fact_id"] for row in rows] == ["passage-0", "passage-1", "passage-2"]
@@ -32,15 +32,15 @@ def test_each_line_of_a_file_is_a_passage_rated_by_its_tokens(tiny, path):
         wanted = cross_entropy(lm.model(input_ids=ids).logits[0, :-1], ids[0, 1:]).item()
         assert row["nll"] == pytest.approx(wanted, rel=1e-4)
         assert row["tokens"] == ids.shape[1] - 1
-    assert [row["query"] for row in perplexity(lm, path, n=2)] == said[:2]
+    assert [row["query"] for row in Perplexity(path, 2)(lm)] == said[:2]
 
 
 def test_without_a_file_statements_about_the_world_are_rated_always_the_same(tiny):
     lm = tiny("qwen2")
-    rows = perplexity(lm, n=6)
+    rows = Perplexity(n=6)(lm)
     assert len(rows) == 6
-    assert perplexity(lm, n=6) == rows
-    assert [row["query"] for row in perplexity(lm, n=3)] == [row["query"] for row in rows[:3]]
+    assert Perplexity(n=6)(lm) == rows
+    assert [row["query"] for row in Perplexity(n=3)(lm)] == [row["query"] for row in rows[:3]]
     assert len({row["query"] for row in rows}) == 6
 
 
@@ -49,7 +49,7 @@ def test_a_passage_of_one_token_is_not_rated(tiny, tmp_path):
     path.write_text("a\nQi started it.\n")
     lm = tiny("qwen2")
     assert len(lm.tokenizer("a").input_ids) == 1
-    assert [row["fact_id"] for row in perplexity(lm, str(path))] == ["passage-1"]
+    assert [row["fact_id"] for row in Perplexity(str(path))(lm)] == ["passage-1"]
 
 
 @pytest.mark.parametrize(
@@ -60,30 +60,38 @@ def test_a_file_without_passages_is_named(tiny, tmp_path, content, message):
     path = tmp_path / "held.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"regression.perplexity.path={path}: {message}"):
-        perplexity(tiny("qwen2"), str(path))
+        Perplexity(str(path))(tiny("qwen2"))
 
 
-def test_a_missing_file_is_named(tiny, tmp_path):
+def test_a_missing_file_is_named_before_a_model_is_asked(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(UserError, match=rf"regression.perplexity.path={path}: cannot be read as text"):
-            perplexity(tiny("qwen2"), str(path))
+            Perplexity(str(path))
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_a_number_below_one_is_named(tiny, path, n):
+def test_a_number_below_one_is_named(path, n):
     with pytest.raises(UserError, match=rf"regression.perplexity.n={n}"):
-        perplexity(tiny("qwen2"), path, n)
+        Perplexity(path, n)
 
 
-def known(lm):
-    """As many nats as facts are written in the model's weight."""
-    nll = float((lm.model.weight[0, :-1] > 0.5).sum())
-    return [{"kind": "perplexity", "query": "held", "fact_id": "passage-0", "fact_kind": "", "nll": nll, "tokens": 2}]
+class Known:
+    """As many nats as facts are written in the model's weight; `asked` counts."""
+
+    def __init__(self, fingerprint="held"):
+        self.fingerprint, self.asked = fingerprint, 0
+
+    def __call__(self, lm):
+        self.asked += 1
+        nll = float((lm.model.weight[0, :-1] > 0.5).sum())
+        return [
+            {"kind": "perplexity", "query": "held", "fact_id": "passage-0", "fact_kind": "", "nll": nll, "tokens": 2}
+        ]
 
 
 def test_general_ability_is_asked_unedited_and_of_the_edited_model_at_every_checkpoint(tmp_path):
     run = prepared(tmp_path)
-    run.regression = {"text": known, "again": known}
+    run.regression = {"text": Known(), "again": Known()}
     retention(run, {"sequential": sequential, "single": single, "joint": joint}, every=2, placebo=2)
     rows = run.rows()
     rows = rows[rows.kind == "perplexity"]
@@ -106,3 +114,26 @@ def test_without_a_suite_nothing_of_it_is_asked(tmp_path):
     run = prepared(tmp_path)
     retention(run, {"sequential": sequential})
     assert "perplexity" not in set(run.rows().kind)
+
+
+def test_the_unedited_model_is_asked_once_per_suite_and_model(tmp_path):
+    run, suite = prepared(tmp_path), Known()
+    run.cache, run.regression, run.protocol = tmp_path / "kept", {"text": suite}, {"model_hash": "a"}
+    first = list(run.general(unedited=True))
+    assert first == list(run.general(unedited=True)) == [*({**row, "suite": "text"} for row in Known()(run.lm))]
+    assert suite.asked == 1
+    list(run.general())
+    assert suite.asked == 2  # the edited model always is
+    run.protocol = {"model_hash": "b"}
+    list(run.general(unedited=True))
+    assert suite.asked == 3
+    suite.fingerprint = "other"
+    list(run.general(unedited=True))
+    list(run.general(unedited=True))
+    assert suite.asked == 4
+
+
+def test_a_fingerprint_is_that_of_the_passages(path, tmp_path):
+    (tmp_path / "again.txt").write_text(TEXT, encoding="utf-8")
+    assert Perplexity(path).fingerprint == Perplexity(str(tmp_path / "again.txt")).fingerprint
+    assert len({Perplexity(path, n).fingerprint for n in (1, 2, 3, 4)} | {Perplexity(n=3).fingerprint}) == 4

@@ -213,12 +213,8 @@ def with_subject(rewrite: Record) -> str:
 
 
 def _hub(name: str) -> list[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(
-            f"facts.path={name}: no such file; to load it from the hub, pip install 'qfbench[hub]'"
-        ) from error
+    from datasets import load_dataset  # takes long to import
+
     try:
         splits = load_dataset(name)
     except Exception as error:  # the library raises a dozen kinds, by what the hub answers

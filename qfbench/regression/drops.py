@@ -87,9 +87,10 @@ def _pairs(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[dict[str, An
     if "suite" not in rows:
         return
     asked = rows[rows.kind == "question"]
+    asked = asked.reindex(columns=asked.columns.union(["gold_logprob"], sort=False))  # not all tasks have it
     same = ["suite", "fact_id", *(["run"] if "run" in rows else [])]
     before: dict[tuple[str, str], pd.DataFrame] = {}
-    for who, parts in summary_lines(rows[rows.kind == "question"]) if len(asked) else ():
+    for who, parts in summary_lines(asked) if len(asked) else ():
         who, own, name = dict(who), parts["kept"], (who["model"], who["editor"])
         if who["regime"] == "unedited":
             before[name] = own[[*same, "correct", "gold_logprob"]]
@@ -107,12 +108,10 @@ def _measured(both: pd.DataFrame) -> dict[str, Any]:
     out: dict[str, Any] = {"questions": both.fact_id.nunique()}
     out |= {"before": both.correct_before.mean(), "after": both.correct.mean()}
     out |= dict(zip(("drop", "drop_low", "drop_high"), estimate(lost), strict=True))
-    states = [
-        value
-        for _, value in lost.groupby(about[[c for c in ("run", "group") if c in about]].apply(tuple, axis=1)).value
-    ]
-    out["p"] = max(mcnemar(int((v > 0).sum()), int((v < 0).sum())) for v in states)
-    out["detectable"] = float(np.max([detectable(len(v), int((v < 0).sum())) for v in states]))
+    states = lost.groupby([name for name in ("run", "group") if name in lost]).value
+    changed = {(len(v), int((v > 0).sum()), int((v < 0).sum())) for _, v in states}
+    out["p"] = max(mcnemar(losses, gains) for _, losses, gains in changed)
+    out["detectable"] = float(np.max([detectable(n, gains) for n, gains in {(n, gains) for n, _, gains in changed}]))
     shift = about.assign(value=both.gold_logprob.astype(float) - both.gold_logprob_before.astype(float)).dropna()
     if len(shift):
         out |= dict(zip(("shift", "shift_low", "shift_high"), estimate(shift), strict=True))

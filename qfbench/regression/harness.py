@@ -7,12 +7,15 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +33,7 @@ class Questions:
     """Tasks of lm-eval, loaded once, and which of their questions are asked.
 
     One row a question: `kind` "question", `subject` (a task's name, without what its group is called), `group`,
-    `fact_id` (subject and place in the data), `query`, `expected`, `reply`, `correct` (1, 0, or what the task's metric gives) and,
+    `fact_id` (task and place in the data), `query`, `expected`, `reply`, `correct` (1, 0, or what the task's metric gives) and,
     of multiple choice, `logprobs` (nats, of each choice), `gold_logprob` and `chance` (1 / choices).
 
     Args:
@@ -38,7 +41,10 @@ class Questions:
         groups: the group of each task, where it has one.
         limit: how many questions of each task to ask: drawn once by `seed`, the same whatever else is asked. None asks all.
         chat: whether to ask as in a dialogue, by the chat template of a model that has one.
-        metric: what `correct` is; None takes the task's own `acc`, or its first.
+        metric: what `correct` is; None takes the task's own `acc`, or its first that a single question has.
+
+    Raises:
+        UserError: there is no task, one rates whole texts, or `limit` is below 1.
     """
 
     tasks: Mapping[str, Any]
@@ -50,7 +56,12 @@ class Questions:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit={self.limit}: must be 1 or more, or null")
+            raise UserError(f"limit={self.limit} (regression): must be 1 or more, or null")
+        if not self.tasks:
+            raise UserError("the list of tasks or subjects (regression) is empty; name one, or leave it out")
+        for name, task in self.tasks.items():
+            if task.OUTPUT_TYPE == "loglikelihood_rolling":
+                raise UserError(f"{name} rates whole texts and asks no questions; use regression=perplexity")
 
     @cached_property
     def samples(self) -> dict[str, list[int]]:
@@ -71,8 +82,10 @@ class Questions:
                 key: value for key, value in task.dump_config().items() if key not in ("metadata", "custom_dataset")
             }
             shots = task.fewshot_docs() if task.config.num_fewshot else []
-            asked = [task.eval_docs[i] for i in self.samples.get(name, range(len(task.eval_docs)))]
-            parts.append(json.dumps([name, config, list(shots or []), asked], sort_keys=True, default=str))
+            docs = task.eval_docs
+            asked = [docs[i] for i in self.samples.get(name, range(len(docs)))]
+            text = json.dumps([name, config, list(shots or []), asked], sort_keys=True, default=str)
+            parts.append(re.sub(r" at 0x[0-9a-f]+", "", text))  # where a function lies differs between processes
         return hashed(*parts)
 
     def __call__(self, lm: LanguageModel) -> list[Row]:
@@ -89,11 +102,12 @@ class Questions:
         chat = self.chat and lm.tokenizer.chat_template is not None
         with quiet():
             results = evaluate(
-                live(lm),
+                live(lm, chat),
                 {"tasks": dict(self.tasks), "groups": {}, "group_map": {}},
                 samples=self.samples,
                 bootstrap_iters=0,
                 apply_chat_template=chat,
+                fewshot_as_multiturn=True,
             )
         return [row for name, task in self.tasks.items() for row in self._rows(name, task, results["samples"][name])]
 
@@ -104,34 +118,36 @@ class Questions:
                 continue  # the same replies, read in another way
             doc = sample["doc"]
             row = {"kind": "question", "subject": subject, "group": self.groups.get(name, "")}
-            row |= {"fact_id": f"{subject}/{sample['doc_id']}", "fact_kind": "", "correct": self._correct(name, sample)}
-            if task.OUTPUT_TYPE != "multiple_choice":
-                reply = sample["filtered_resps"][0]
+            row |= {"fact_id": f"{name}/{sample['doc_id']}", "fact_kind": "", "correct": self._correct(name, sample)}
+            if task.OUTPUT_TYPE == "generate_until":
                 row |= {"query": str(task.doc_to_text(doc)), "expected": str(sample["target"])}
-                yield row | {"reply": reply if isinstance(reply, str) else ""}
+                yield row | {"reply": str(sample["filtered_resps"][0])}
                 continue
-            choices = task.doc_to_choice(doc)
+            choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else [str(sample["target"])]
             logprobs = [float(logprob) for logprob, _ in sample["filtered_resps"][: len(choices)]]
             if not all(map(math.isfinite, logprobs)):
                 raise FloatingPointError(f"{name}: the model gives log-probabilities that are not finite")
+            if task.OUTPUT_TYPE == "loglikelihood":  # right if greedy decoding gives the target
+                row |= {"query": str(task.doc_to_text(doc)), "expected": choices[0], "reply": ""}
+                yield row | {"gold_logprob": logprobs[0]}
+                continue
             gold, query = sample["target"], task.doc_to_text(doc)
             if task.multiple_input:  # the question is one of the choices, put into the context
                 gold, query = query, sample["arguments"][0][0]
-            gold = choices.index(gold) if isinstance(gold, str) else gold
+            gold = choices.index(gold) if gold in choices else gold
             row |= {"query": query, "reply": choices[logprobs.index(max(logprobs))], "logprobs": logprobs}
-            if isinstance(gold, int):  # a task may have several right choices
+            if isinstance(gold, int) and 0 <= gold < len(choices):  # a task may have several right choices, or none
                 row |= {"expected": choices[gold], "gold_logprob": logprobs[gold]}
             yield row | {"chance": 1 / len(choices)}
 
     def _correct(self, name: str, sample: Mapping[str, Any]) -> float:
-        metrics = sample["metrics"]
-        metric = self.metric or ("acc" if "acc" in metrics else metrics[0])
-        value = sample.get(metric)
-        if metric not in metrics or not isinstance(value, (bool, int, float)):
+        numbers = (bool, int, float, np.number, np.bool_)  # other metrics are worked out of all questions together
+        single = [metric for metric in sample["metrics"] if isinstance(sample[metric], numbers)]
+        if not single or self.metric not in (None, *single):
             raise UserError(
-                f"{name}: {metric} is no measure of single questions; give metric=, one of {', '.join(metrics)}"
+                f"{name}: metric={self.metric}; of single questions there are {', '.join(single) or 'none'}"
             )
-        return float(value)
+        return float(sample[self.metric or ("acc" if "acc" in single else single[0])])
 
 
 def tasks(
@@ -141,30 +157,43 @@ def tasks(
     seed: int = 0,
     chat: bool = False,
     metric: str | None = None,
+    include: str | None = None,
 ) -> Questions:
-    """Any tasks or groups of lm-eval, by name. `shots` is how many examples to show; None as the task has it.
+    """Any tasks or groups of lm-eval, by name, or of the YAML files in the folder `include`.
+
+    `shots` is how many examples to show; None as the task has it.
 
     Raises:
-        UserError: there is no such task, or its data cannot be loaded.
+        UserError: there is no such task or folder, or its data cannot be loaded, or hold too few examples.
     """
     from lm_eval.tasks import TaskManager
 
+    if include is not None and not Path(include).expanduser().is_dir():
+        raise UserError(f"regression.lm_eval.include={include}: no such folder")
+    if shots is not None and shots < 0:
+        raise UserError(f"regression.lm_eval.shots={shots}: must be 0 or more, or null")
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    own = None if include is None else Path(include).expanduser()
     with quiet():
-        manager = TaskManager()
-        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        manager = TaskManager(include_path=own, include_defaults=False)
+        if not {*names} <= {*manager.all_tasks}:
+            manager = TaskManager(include_path=own)  # which takes 10 seconds
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown:
-            raise UserError(f"regression tasks={unknown[0]}: lm-eval has no such task; `lm-eval ls tasks` lists them")
+            raise UserError(
+                f"regression.lm_eval.tasks={unknown[0]}: lm-eval has no such task; `lm-eval ls tasks` lists them, and "
+                "regression.lm_eval.include=FOLDER adds those of YAML files"
+            )
         loaded = load(manager, names, shots)
     groups = {child: group for group, children in loaded["group_map"].items() for child in children}
     return Questions(loaded["tasks"], groups, limit, seed, chat, metric)
 
 
-def load(manager: Any, spec: Any, shots: int | None) -> dict[str, Any]:
-    """What `TaskManager.load` gives, with `shots` examples where a task does not have its own number.
+def load(manager: Any, spec: Sequence[Any], shots: int | None, remedy: str = "") -> dict[str, Any]:
+    """What `TaskManager.load` gives, with `shots` examples unless a task says that it takes none.
 
     Raises:
-        UserError: data cannot be loaded.
+        UserError: data cannot be loaded, or hold too few examples.
     """
     try:
         loaded: dict[str, Any] = manager.load(spec)
@@ -172,20 +201,25 @@ def load(manager: Any, spec: Any, shots: int | None) -> dict[str, Any]:
         raise
     except Exception as error:  # of the hub, of files, of the tasks' own code
         what = str(error).strip().split("\n")[0]
-        raise UserError(f"the data of {_named(spec)} cannot be loaded: {what}") from error
-    for task in loaded["tasks"].values():
+        raise UserError(f"the tasks or data of {_named(spec)} cannot be loaded: {what}{remedy}") from error
+    for name, task in loaded["tasks"].items():
         own = task.config.num_fewshot
         if own != 0:
             task.set_config("num_fewshot", shots if shots is not None else own or 0)
+        wanted = task.config.num_fewshot
+        there = len(task.fewshot_docs() or []) if wanted else 0
+        if there < wanted:
+            raise UserError(f"{name}: shots={wanted}, but its data hold only {there} examples")
     return loaded
 
 
-def _named(spec: Any) -> str:
-    return ", ".join(spec) if isinstance(spec, list) and all(isinstance(name, str) for name in spec) else "the tasks"
+def _named(spec: Sequence[Any]) -> str:
+    names = [name if isinstance(name, str) else "local files" for name in spec]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def live(lm: LanguageModel) -> Any:
-    """The model in memory as lm-eval asks it, but for what costs much and changes no number."""
+def live(lm: LanguageModel, chat: bool = False) -> Any:
+    """The model in memory as lm-eval asks it, but for what costs much and changes no number, and one token in a `chat`."""
     from copy import deepcopy
 
     from lm_eval.models.huggingface import HFLM
@@ -201,18 +235,20 @@ def live(lm: LanguageModel) -> Any:
 
         def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> Any:
             self.tail = max(len(answer) for _, _, answer in requests)
-            lengths = sorted((len(before) + len(answer) for _, before, answer in requests), reverse=True)
+            inputs = {(*before, *answer[:-1]) for _, before, answer in requests}  # those that agree are run once
+            lengths = sorted(map(len, inputs), reverse=True)
             self.batch_size_per_gpu = fitting(lengths, self.tail, len(lm.tokenizer), lm.batch_size)
             return super()._loglikelihood_tokens(requests, **options)
 
         def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
             # Logits of all positions of a long prompt over a large vocabulary would cost more than the model itself. lm-eval
-            # counts positions from the end of what is returned. It pads with 0 at the right.
-            real = inps.shape[1] - (inps.flip(1) != 0).int().argmax(1).max().item()
-            first = max(0, int(real) - self.tail)
+            # counts positions from the end of what is returned. It pads with 0 at the right, which may also be a token: the
+            # shortest input is at least as long as this.
+            places = torch.arange(1, inps.shape[1] + 1, device=inps.device)
+            shortest = int(((inps != 0) * places).amax(1).min())
             with torch.no_grad():
                 logits: Tensor = self.model(
-                    inps, logits_to_keep=torch.arange(first, inps.shape[1], device=inps.device)
+                    inps, logits_to_keep=inps.shape[1] - max(0, shortest - self.tail), use_cache=False
                 ).logits
             return logits
 
@@ -220,7 +256,7 @@ def live(lm: LanguageModel) -> Any:
             # lm-eval scores the white space that a prompt ends with as part of the answer: in a dialogue that is the template's own
             # line break, which no model was taught to expect.
             whole, before = self.tok_encode(context + continuation), self.tok_encode(context)
-            if whole[: len(before)] == before:
+            if chat and whole[: len(before)] == before:
                 return before, whole[len(before) :]
             pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return pair

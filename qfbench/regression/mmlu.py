@@ -10,7 +10,7 @@ from typing import Any
 from qfbench.errors import UserError
 from qfbench.regression.harness import Questions, load, quiet
 
-LETTERS = "ABCD"
+LETTERS = ("A", "B", "C", "D")
 FORMS = {
     "letter": ("default", ""),
     "continuation": ("continuation", "_continuation"),
@@ -21,7 +21,7 @@ def mmlu(
     path: str | None = None,
     form: str = "letter",
     shots: int = 5,
-    subjects: Sequence[str] | None = None,
+    subjects: str | Sequence[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> Questions:
@@ -50,7 +50,7 @@ def mmlu(
         include_path=Path(lm_eval.__file__).parent / "tasks" / "mmlu" / folder, include_defaults=False
     )
     known = {name.removeprefix("mmlu_").removesuffix(ending): name for name in manager.all_subtasks}
-    wanted = sorted(known) if subjects is None else list(subjects)
+    wanted = sorted(known) if subjects is None else [subjects] if isinstance(subjects, str) else list(subjects)
     for subject in wanted:
         if subject not in known:
             raise UserError(
@@ -61,7 +61,9 @@ def mmlu(
         if path is not None:
             data = [{"task": known[subject], "custom_dataset": _reader(path, subject, shots)} for subject in wanted]
             spec = [{"group": "local", "task": data}]
-        loaded = load(manager, spec, shots)
+        loaded = load(manager, spec, shots, "" if path else "; give regression.mmlu.path=FOLDER to take local files")
+    for subject in wanted:
+        loaded["tasks"][known[subject]].set_config("task_alias", subject)  # those of the continuation form have none
     groups = {name: _group(manager.task_index[name].tags) for name in loaded["tasks"]}
     return Questions(loaded["tasks"], groups, limit, seed)
 
@@ -89,14 +91,14 @@ def _questions(path: Path) -> dict[str, list[Any]]:
     """The columns of one file. Nothing in it is taken for a missing value: a choice may be "NA"."""
     columns: dict[str, list[Any]] = {"question": [], "choices": [], "answer": []}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             for row in reader:
                 if len(row) != 6:
                     raise UserError(
                         f"{path}, line {reader.line_num}: {len(row)} fields; a question, four choices and a letter are needed"
                     )
-                if row[5] not in LETTERS or not row[5]:
+                if row[5] not in LETTERS:
                     raise UserError(
                         f"{path}, line {reader.line_num}: the answer is {row[5]!r}; it must be one of A, B, C, D"
                     )
