@@ -156,7 +156,7 @@ def _power(rows: pd.DataFrame) -> list[str]:
     """Suites of questions that are too small to show a drop that matters."""
     lost = pooled(rows, drops)
     out = []
-    for suite, own in lost.groupby("suite", sort=False) if len(lost) else ():
+    for suite, own in lost[lost.regime != "placebo"].groupby("suite", sort=False) if len(lost) else ():
         if not own.detectable.max() <= SMALL:
             least = f"under {100 * own.detectable.max():.1f} points" if own.detectable.notna().all() else "of any size"
             out.append(

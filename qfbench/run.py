@@ -18,7 +18,7 @@ import hydra
 import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
@@ -338,7 +338,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
             print(f"qfbench: {error}; this trial counts 0", file=sys.stderr)
             return 0.0
         if swept:
-            raise  # the other jobs go on, and Hydra reports this one after them; a search ends, for its settings are to be mended
+            # The other jobs go on, and Hydra reports this one after them; a search ends, for its settings are to be mended.
+            raise CompactHydraException(f"qfbench: {error}") from None
         print(f"qfbench: {error}", file=sys.stderr)
         sys.exit(2)
 

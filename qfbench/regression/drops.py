@@ -70,7 +70,7 @@ def by_subject(rows: pd.DataFrame) -> pd.DataFrame:
 def power(lost: pd.DataFrame) -> str:
     """What a table of `drops` can show, for its caption: of each suite how many questions there are, and the drop they can miss."""
     said = []
-    for suite, own in lost.groupby("suite", sort=False):
+    for suite, own in lost[lost.regime != "placebo"].groupby("suite", sort=False):
         text, least = f"{suite}, {own.questions.max()} questions", own.detectable.max()
         if not least <= SMALL:
             text += (
