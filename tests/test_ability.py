@@ -201,7 +201,9 @@ def test_a_drop_of_known_size(quizzed):
     table = pd.read_csv(run.folder / "retention.csv").set_index("regime")
     assert table.accuracy["joint"] == 5 / 8
     parts = pd.read_csv(run.folder / "regression_subjects.csv")
-    parts = parts[parts.regime == "joint"].dropna(subset="subject").set_index("subject")
+    parts = parts[parts.regime == "joint"]
+    assert parts.questions[parts.subject.isna()].tolist() == [8]  # they are in no group
+    parts = parts.dropna(subset="subject").set_index("subject")
     assert parts["drop"].to_dict() == {"a": 2 / 4, "b": 1 / 4}  # questions 0 and 2, and 1
 
 

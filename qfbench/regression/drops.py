@@ -58,9 +58,10 @@ def drops(rows: pd.DataFrame) -> pd.DataFrame:
 
 def by_subject(rows: pd.DataFrame) -> pd.DataFrame:
     """`drops` of each `subject`, then of each `group`, then of all: each question counts once, as in lm-eval's groups."""
+    grouped = rows[rows.group != ""] if "group" in rows else rows  # not all tasks are in one
     parts = [
-        pd.DataFrame([who | _measured(both) for who, both in _pairs(rows, ["suite", *by])])
-        for by in (["group", "subject"], ["group"], [])
+        pd.DataFrame([who | _measured(both) for who, both in _pairs(own, ["suite", *by])])
+        for own, by in ((rows, ["group", "subject"]), (grouped, ["group"]), (rows, []))
     ]
     frame = pd.concat(parts, ignore_index=True)
     first = [name for name in ("suite", "group", "subject") if name in frame]

@@ -34,7 +34,7 @@ class Questions:
 
     One row a question: `kind` "question", `subject` (a task's name, without what its group is called), `group`,
     `fact_id` (task and place in the data), `query`, `expected`, `reply`, `correct` (1, 0, or what the task's metric gives) and,
-    of multiple choice, `logprobs` (nats, of each choice), `gold_logprob` and `chance` (1 / choices).
+    but for generated replies, `gold_logprob` (nats, of the right answer); of multiple choice `logprobs` (of each) and `chance`.
 
     Args:
         tasks: lm-eval's tasks by name.
