@@ -211,9 +211,7 @@ def live(lm: LanguageModel) -> Any:
             real = inps.shape[1] - (inps.flip(1) != 0).int().argmax(1).max().item()
             first = max(0, int(real) - self.tail)
             with torch.no_grad():
-                logits: Tensor = self.model(
-                    inps, logits_to_keep=torch.arange(first, inps.shape[1], device=inps.device)
-                ).logits
+                logits: Tensor = self.model(inps, logits_to_keep=inps.shape[1] - first).logits
             return logits
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
