@@ -1,0 +1,57 @@
+"""Two devices that are not there: their tensors lie in memory, but an operation on tensors of both is refused, as on two GPUs."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+aten = torch.ops.aten
+MOVES = (aten.copy_.default, aten._to_copy.default)
+
+
+class There(Tensor):
+    """A tensor that says it is on `device`; its numbers are `here`."""
+
+    @staticmethod
+    def __new__(cls, here, device):
+        there = Tensor._make_wrapper_subclass(cls, here.size(), here.stride(), here.storage_offset(), dtype=here.dtype, device=device)
+        there.here = here
+        return there
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def data_ptr(self):
+        return self.here.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        return _run(func, args, kwargs)
+
+
+def _run(func, args, kwargs):
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    devices = {t.device for t in tensors if t.dim() or t.device.type != "cpu"}
+    if func is aten.index.Tensor:  # positions may be in memory
+        devices -= {t.device for t in args[1] if t is not None and t.device.type == "cpu"} - {args[0].device}
+    home = tensors[0].device if func in MOVES else next(iter(devices), torch.device("cpu"))
+    if len(devices) > 1 and func not in MOVES:
+        raise RuntimeError(f"{func}: tensors on {', '.join(map(str, devices))}")
+    if kwargs.get("device") is not None:
+        home, kwargs["device"] = torch.device(kwargs["device"]), torch.device("cpu")
+    known = {id(t.here): t for t in tensors if isinstance(t, There)}
+    args, kwargs = tree_map(lambda x: x.here if isinstance(x, There) else x, (args, kwargs))
+    out = func(*args, **kwargs)
+
+    def placed(t):
+        if not isinstance(t, Tensor) or home.type == "cpu":
+            return t
+        return known.get(id(t)) if id(t) in known else There(t, home)
+
+    return tree_map(placed, out)
+
+
+class TwoDevices(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, dict(kwargs or {}))
