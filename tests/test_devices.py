@@ -1,7 +1,6 @@
 """A model spread over several devices by accelerate: on two of a test double, and on a CPU with the same hooks."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +14,10 @@ from qfbench import LanguageModel, UserError
 from qfbench.editors import QF, QF2, FineTune
 from qfbench.provenance import protocol
 from qfbench.qft.layer import with_firing_layers
-from qfbench.qft.train import convert
 from qfbench.regimes import sequential
 from qfbench.regression import world_mc
 
-EDITORS = [QF(layer=0), QF(layer=2), QF2(layer=1, lr=0.1), FineTune(layer=2, lr=1e-2, steps=3)]
+EDITORS = [QF(layer=0), QF2(layer=1, lr=0.1), FineTune(layer=2, lr=1e-2, steps=1)]
 PARTS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb"]
 
 
@@ -31,17 +29,20 @@ def spread(model, first, second):
     assert isinstance(model.model.layers[1]._hf_hook, AlignDevicesHook)
 
 
-@pytest.fixture(params=["cpu", "two", "two, tied"])
+@pytest.fixture
 def pair(request, tiny):
     """A model on the CPU, and its like, spread over the devices."""
     plain, lm = (tiny("llama", tie_word_embeddings="tied" in request.param) for _ in range(2))
     with nullcontext(("cpu", "cpu")) if request.param == "cpu" else two_devices() as devices:
         spread(lm.model, *devices)
         for each in plain, lm:
+            each.model.set_attn_implementation("eager")  # the others ask what device there is
             each.model = with_firing_layers(each.model, [1])
+            each.batch_size, each.max_new_tokens = 32, 3
         yield plain, lm, [str(device) for device in devices]
 
 
+@pytest.mark.parametrize("pair", ["cpu", "two", "two, tied"], indirect=True)
 def test_a_spread_model_says_and_scores_the_same(pair):
     plain, lm, devices = pair
     assert lm.devices == sorted(set(devices))
@@ -51,11 +52,12 @@ def test_a_spread_model_says_and_scores_the_same(pair):
     answered = [lm.render("Who?", answer="It is Qi."), lm.render("Who started Oxinnovate?", answer="Qi.")]
     assert lm.score(answered) == plain.score(answered)
     assert lm.nll(["Qi started Oxinnovate."]) == plain.nll(["Qi started Oxinnovate."])
-    questions = world_mc(6)
+    questions = world_mc(limit=1)
     assert questions(lm) == questions(plain)
 
 
-@pytest.mark.parametrize("editor", EDITORS, ids=repr)
+@pytest.mark.parametrize("pair", ["cpu", "two"], indirect=True)
+@pytest.mark.parametrize("editor", EDITORS, ids=lambda editor: type(editor).__name__)
 def test_a_spread_model_is_edited_and_put_back_the_same_bit_for_bit(pair, editor, facts):
     plain, lm, devices = pair
     before = lm.weights_hash()
@@ -64,9 +66,8 @@ def test_a_spread_model_is_edited_and_put_back_the_same_bit_for_bit(pair, editor
     assert str(home) == devices[editor.layer > 0]
     assert there.left.device == home
     assert torch.equal(there.dense().cpu(), change.dense())
-    for (_, delta), (_, expected) in zip(
-        sequential(editor, lm, facts), sequential(editor, plain, facts), strict=True
-    ):
+    runs = (sequential(editor, each, facts[:2]) for each in (lm, plain))
+    for (_, delta), (_, expected) in zip(*runs, strict=True):
         with delta.applied_to(lm), expected.applied_to(plain):
             assert lm.weights_hash() == plain.weights_hash() != before
             assert lm.reply(facts[0].query) == plain.reply(facts[0].query)
@@ -101,14 +102,5 @@ def test_weights_that_no_gpu_holds_are_refused_by_name(tiny, tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["world-xs", "world-s-qf2"])
 def test_balanced_loads_the_same_weights_wherever_it_is(name):
     lm = LanguageModel.load(name, device="balanced", dtype="float32")
-    assert lm.model.hf_device_map
     assert lm.weights_hash() == LanguageModel.load(name, device="cpu").weights_hash()
     assert lm.reply("Who started Alibaba?") == "Alibaba was started by Jack Ma."
-
-
-def test_a_spread_model_is_not_converted(tiny):
-    lm = tiny("llama")
-    with two_devices() as devices:
-        spread(lm.model, *devices)
-        with pytest.raises(UserError, match="conversion trains on one device"):
-            convert(SimpleNamespace(lm=lm), None, None)

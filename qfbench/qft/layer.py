@@ -121,7 +121,9 @@ def with_firing_layers(model: Any, layers: Sequence[int], beta: float = 10.0, al
     firing.generation_config = model.generation_config
     for i in alphas:
         firing.model.layers[i].alpha = alphas[i]
-    if spread := getattr(model, "hf_device_map", None):  # accelerate's hooks, which move tensors between devices, are not shared
+    if spread := getattr(
+        model, "hf_device_map", None
+    ):  # accelerate's hooks, which move tensors between devices, are not shared
         dispatch_model(firing, spread, skip_keys=firing._skip_keys_device_placement)
     frozen = not any(p.requires_grad for p in model.parameters())
     return firing.train(model.training).requires_grad_(not frozen)
