@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
-from torch import nn
 from transformers import AutoModelForCausalLM
 from two_devices import two_devices
 

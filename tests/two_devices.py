@@ -34,8 +34,7 @@ class There(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        return _run(func, args, kwargs)
+        return _run(func, args, dict(kwargs or {}))
 
 
 def _run(func, args, kwargs):
@@ -57,7 +56,7 @@ def _run(func, args, kwargs):
     def placed(t):
         if not isinstance(t, Tensor) or home.type == "cpu":
             return t
-        return known.get(id(t)) if id(t) in known else There(t, home)
+        return known[id(t)] if id(t) in known else There(t, home)
 
     return tree_map(placed, out)
 
