@@ -53,6 +53,9 @@ class LanguageModel:
     batch_size: int = 64
     max_new_tokens: int = 48
 
+    def __post_init__(self) -> None:
+        refuse_offloaded(self.model, self.name)
+
     @classmethod
     def load(
         cls,
@@ -66,13 +69,14 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load a built-in model by name, a folder in Hugging Face form, or a model of the hub by its id.
 
-        `device="auto"` takes CUDA where it is; `dtype="auto"` is bfloat16 on CUDA and float32 on a CPU.
+        `device="auto"` takes CUDA where it is, `"balanced"` spreads the layers over all GPUs; `dtype="auto"` is bfloat16 on CUDA
+        and float32 on a CPU.
         `firing={"layers": [23], "beta": 10}` runs layers as firing blocks that the folder stores under a stock family's name,
         as the published QF2 weights do; models converted here say so themselves. `plain` renders dialogues as plain
         `role: text` lines, though the tokenizer has a chat template.
 
         Raises:
-            UserError: there is no such model, device or dtype, or its files cannot be read.
+            UserError: there is no such model, device or dtype, its files cannot be read, or the GPUs do not hold it.
         """
         if batch_size < 1 or max_new_tokens < 1:
             raise UserError(
@@ -81,20 +85,25 @@ class LanguageModel:
         source = find(str(name))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        spread = device == "balanced"
         if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+            on_cuda = torch.cuda.is_available() if spread else device.startswith("cuda")
+            dtype = "bfloat16" if on_cuda else "float32"
         torch_dtype = getattr(torch, dtype, None)
         if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
             raise UserError(f"model.dtype={dtype}: not a floating-point type; use auto, float32, bfloat16 or float16")
         try:
             base = difference.base_of(source)
             tokenizer = AutoTokenizer.from_pretrained(find(base) if base else source)
-            model: Any = AutoModelForCausalLM.from_pretrained(find(base) if base else source, dtype=torch_dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                find(base) if base else source, dtype=torch_dtype, device_map=device if spread else None
+            )
+            refuse_offloaded(model, str(name))
             if base:
                 model = difference.apply(model, source)
             if firing:
                 model = with_firing_layers(model, list(firing["layers"]), firing["beta"])
-            model = model.to(device).eval()
+            model = (model if spread else model.to(device)).eval()
         except (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError, SafetensorError) as error:
             what = f"cannot load the model {source!r} on {device}"
             if not Path(source).is_dir():
@@ -106,7 +115,13 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """Where inputs go and logits come back: of a model spread over several devices, that of its embedding."""
         return self.model.device
+
+    @property
+    def devices(self) -> list[str]:
+        """All that hold weights."""
+        return sorted({str(p.device) for p in self.model.parameters()})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +159,7 @@ class LanguageModel:
             rows = [dialogues[i] for i in chunk]
             ids, _ = self._padded([r.ids for r in rows], side="right")
             first = min(r.answer for r in rows) - 1
-            kept = torch.arange(first, ids.shape[1] - 1, device=self.device)
+            kept = list(range(first, ids.shape[1] - 1))  # no tensor: the head may be on another device
             # Padding stands at the right of causal attention: no mask is needed.
             logits = self._finite(self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits).float()
             for row, (i, r) in enumerate(zip(chunk, rows, strict=True)):
@@ -249,6 +264,20 @@ def find(name: str) -> str:
     raise UserError(
         f"{name}: no such model. Give model.path=FOLDER, a hub id (owner/name), or a built-in: {', '.join(built_in)}"
     )
+
+
+def refuse_offloaded(model: PreTrainedModel, name: str) -> None:
+    """Accelerate keeps the weights that no GPU holds in memory or on disk, and a change of them would be lost.
+
+    Raises:
+        UserError: there are such weights.
+    """
+    for weight, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise UserError(
+                f"{weight} of {name} is offloaded to memory or disk, where no edit reaches it: the GPUs are too small for the "
+                "model. Use more of them, or a smaller model.dtype, or model.device=cpu"
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ def protocol(lm: LanguageModel) -> dict[str, Any]:
         "tokenizer_hash": hashed(lm.tokenizer.backend_tokenizer.to_str(), str(lm.tokenizer.chat_template)),
         "max_new_tokens": lm.max_new_tokens,
         "batch_size": lm.batch_size,
-        "device": str(lm.device),
+        "device": ", ".join(lm.devices),
         "device_name": torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else platform.machine(),
         "dtype": str(lm.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

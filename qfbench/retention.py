@@ -208,7 +208,7 @@ def teach(
     if (earlier.condition == "unsupported").any() or (done and sequence and not state.exists()):
         return  # it came to its end
     if done and sequence:
-        total = WeightDelta.load(state, run.lm.device)
+        total = WeightDelta.load(state, editor.site.home(run.lm.model))
     taught = facts[:done]
     fallen = {measure for measure, share in what_is_left(edited).items() if sequence and (share < COLLAPSED).any()}
     for _ in taught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from qfbench.errors import Unsupported, UserError
@@ -79,6 +80,11 @@ class Site:
                 "stream as Qwen2 and Llama do; QF's equation does not hold there"
             )
         return norm
+
+    def home(self, model: nn.Module) -> torch.device:
+        """Where a change of this weight is solved, in float64: on the weight's own device, but mps has no float64."""
+        device = self.linear(model).weight.device
+        return torch.device("cpu") if device.type == "mps" else device
 
     def weight_name(self, model: nn.Module) -> str:
         """The parameter's name in the model's state dict."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from test_qft_layer import FOUNDER, PLAIN, REFUSED, TEXTS, fired, same
 from torch.nn import functional as F
 
-from qfbench import UserError
+from qfbench import LanguageModel, UserError
 from qfbench.editors import QF
 from qfbench.qft.layer import FiringLayer
 from qfbench.qft.train import Conversion, batch, convert, text_loss, train
@@ -365,3 +365,9 @@ def test_a_conversion_that_cannot_be_kept_is_refused_before_it_starts(deep, tmp_
     with pytest.raises(UserError, match=message):
         convert(run, quick(2), texts, save=save)
     assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_model_on_several_devices_is_not_converted(deep, tmp_path, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "devices", ["cuda:0", "cuda:1"])
+    with pytest.raises(UserError, match=r"one device, and model\.device=balanced"):
+        convert(prepared(deep(), tmp_path), quick(2), texts)

@@ -113,6 +113,7 @@ class FineTune(Editor):
         with torch.enable_grad():
             start = torch.zeros_like(weight, dtype=master)
             change, steps, loss = descend(losses, start, self.lr, self.steps, self.stop_at)
+        change = change.to(self.site.home(lm.model))
         return WeightDelta({name: LowRank(change)}, {"tokens": float(tokens), "steps": float(steps), "loss": loss})
 
 
@@ -123,7 +124,8 @@ def summed_nll(lm: LanguageModel, dialogues: Sequence[Rendering], weights: dict[
     ids = pad_sequence([torch.tensor(d.ids[: len(t)]) for d, t in zip(dialogues, targets, strict=True)], True)
     wanted = pad_sequence(targets, True, IGNORED)
     kept = (wanted != IGNORED).any(0).nonzero()[:, 0]
-    given = {"input_ids": ids.to(lm.device), "logits_to_keep": kept.to(lm.device), "use_cache": False}
+    # No tensor of positions: the head may be on another device.
+    given = {"input_ids": ids.to(lm.device), "logits_to_keep": kept.tolist(), "use_cache": False}
     with sdpa_kernel(SDPBackend.MATH):  # gradients of the fused kernels are not reproducible on CUDA
         logits = functional_call(lm.model, weights, kwargs=given).logits
     return cross_entropy(

@@ -150,7 +150,7 @@ class QF(Editor):
         """Run both passes and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64; V counts 0 in a firing block."""
         added = 0.0 if self.site.fires(lm.model) else 1.0
         linear = self.site.linear(lm.model)
-        home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
+        home = self.site.home(lm.model)
         weight = linear.weight.detach().to(home, torch.float64)
         bias = 0 if linear.bias is None else linear.bias.detach().to(home, torch.float64)
         pair = lesson(lm, fact, self.opener, self.closer)

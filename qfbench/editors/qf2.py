@@ -85,7 +85,7 @@ class QF2(Editor):
     def record(self, lm: LanguageModel, fact: Fact) -> tuple[Tensor, Tensor, Tensor]:
         """Run both passes: Y* [taught, f], X' [taught, d] and the significance [taught], in float64."""
         self.site.slope(lm.model)  # only a firing block fires
-        home = torch.device("cpu") if lm.device.type == "mps" else lm.device  # mps has no float64
+        home = self.site.home(lm.model)
         pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest)
         told, alone = record(lm, [pair.told, pair.alone], self.site)
         fired = told.key[list(pair.told_at)].to(home, torch.float64)

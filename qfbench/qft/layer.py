@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -120,5 +121,7 @@ def with_firing_layers(model: Any, layers: Sequence[int], beta: float = 10.0, al
     firing.generation_config = model.generation_config
     for i in alphas:
         firing.model.layers[i].alpha = alphas[i]
+    if spread := getattr(model, "hf_device_map", None):  # accelerate's hooks do not come with the layers
+        dispatch_model(firing, spread, skip_keys=firing._skip_keys_device_placement)
     frozen = not any(p.requires_grad for p in model.parameters())
     return firing.train(model.training).requires_grad_(not frozen)

@@ -112,6 +112,8 @@ def convert(
         raise UserError(f"task.convert.save={save}: must be model or difference")
     if run.lm.dtype != torch.float32:
         raise UserError(f"model.dtype={run.lm.dtype}: conversion trains in float32; use model.dtype=float32")
+    if len(run.lm.devices) > 1:
+        raise UserError("conversion trains on one device, and model.device=balanced has spread the model over several")
     if every < 1:
         raise UserError(f"task.convert.every={every}: must be 1 or more")
     if save == "difference" and difference.base_of(find(run.lm.name)):
