@@ -283,3 +283,28 @@ def conversion(rows: pd.DataFrame) -> Figure:
         axes.spines["top"].set_visible(False)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
     return figure
+
+
+def cost(table: pd.DataFrame) -> Figure:
+    """The parts of an edit's median time end to end, a bar for each line of `table` (`cost.medians`), its total beside it."""
+    figure = Figure(figsize=(9, 0.5 * len(table) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    at, left = np.arange(len(table)), np.zeros(len(table))
+    for part, (colour, hatch) in {
+        "record": ("#0072B2", ""),
+        "solve": ("#E69F00", "///"),
+        "write": ("#999999", "..."),
+    }.items():
+        width = table[f"{part}_ms"].fillna(0).to_numpy(float)
+        axes.barh(at, width, 0.6, left, label=part, color=colour, hatch=hatch, edgecolor="white")
+        left = left + width
+    for y, x, total in zip(at, left, table.total_ms, strict=True):
+        axes.annotate(f"{total:.3g} ms", (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(at, [f"{line.editor}, {line.model}" for line in table.itertuples()])
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds for one edit (medians)")
+    axes.margins(x=0.08)
+    _plain(axes)
+    axes.grid(visible=False, axis="y")
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
+    return figure
