@@ -54,8 +54,15 @@ def cost(run: Run, beside: Mapping[str, Mapping[str, Any]] | None = None) -> Non
     rows = run.rows()
     if (rows.condition == "edited").any():
         table = medians(rows)
-        title = f"One edit on {machine(run.lm)}: medians of {len(facts)}, ± half of the interquartile range; the first left out"
-        run.table(table, title)
+        title = (
+            f"Milliseconds of one edit ({machine(run.lm)}): medians of {len(facts)} ± half of the interquartile range"
+        )
+        printed = table.drop(columns=["total_ms_low", "total_ms_high"])
+        run.table(table, title, printed=printed.rename(columns=lambda name: name.replace("_ms", "")))
+        run.console.print(
+            "The first edit by each is left out. Where record is empty, all is solve: the editor has no such split. "
+            + ("peak: on the GPU, during an edit." if run.lm.device.type == "cuda" else "peak: of the process, so far.")
+        )
         run.figure(plots.cost(table), "cost")
 
 
@@ -119,7 +126,8 @@ def machine(lm: LanguageModel) -> str:
     """What the figures hold for."""
     if lm.device.type == "cuda":
         return torch.cuda.get_device_name(lm.device)
-    return f"{lm.device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{lm.device.type.upper()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:

@@ -285,26 +285,29 @@ def conversion(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+PARTS = {"record": ("#0072B2", ""), "solve": ("#E69F00", "///"), "write": ("#009E73", "...")}
+
+
 def cost(table: pd.DataFrame) -> Figure:
-    """The parts of an edit's median time end to end, a bar for each line of `table` (`cost.medians`), its total beside it."""
-    figure = Figure(figsize=(9, 0.5 * len(table) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    at, left = np.arange(len(table)), np.zeros(len(table))
-    for part, (colour, hatch) in {
-        "record": ("#0072B2", ""),
-        "solve": ("#E69F00", "///"),
-        "write": ("#999999", "..."),
-    }.items():
-        width = table[f"{part}_ms"].fillna(0).to_numpy(float)
-        axes.barh(at, width, 0.6, left, label=part, color=colour, hatch=hatch, edgecolor="white")
-        left = left + width
-    for y, x, total in zip(at, left, table.total_ms, strict=True):
-        axes.annotate(f"{total:.3g} ms", (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(at, [f"{line.editor}, {line.model}" for line in table.itertuples()])
-    axes.invert_yaxis()
-    axes.set(xlabel="milliseconds for one edit (medians)")
-    axes.margins(x=0.08)
-    _plain(axes)
-    axes.grid(visible=False, axis="y")
-    figure.legend(frameon=False, loc="outside upper center", ncols=3)
+    """The parts of an edit's median time end to end, in milliseconds (left) and as shares (right); a bar for each line of `table` (`cost.medians`)."""
+    figure = Figure(figsize=(9, 0.45 * len(table) + 1.3), layout="constrained")
+    time, share = figure.subplots(1, 2, sharey=True)
+    at, spent = np.arange(len(table)), table[[f"{part}_ms" for part in PARTS]].fillna(0).to_numpy(float)
+    for axes, lengths in ((time, spent), (share, spent / spent.sum(1, keepdims=True))):
+        starts = lengths.cumsum(1) - lengths
+        for k, (part, (colour, hatch)) in enumerate(PARTS.items()):
+            axes.barh(
+                at, lengths[:, k], 0.6, starts[:, k], label=part, color=colour, hatch=hatch, edgecolor="white", lw=0
+            )
+        _plain(axes)
+        axes.grid(visible=False, axis="y")
+        axes.set_axisbelow(True)
+    for y, total in enumerate(spent.sum(1)):
+        time.annotate(f"{total:.3g}", (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    time.set_yticks(at, table.editor + ", " + table.model)
+    time.invert_yaxis()
+    time.margins(x=0.1)
+    time.set(xlabel="milliseconds for one edit (median)")
+    share.set(xlabel="share of the edit", xlim=(0, 1))
+    figure.legend(*time.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
     return figure
