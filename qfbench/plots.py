@@ -302,7 +302,7 @@ def cost(table: pd.DataFrame) -> Figure:
         _plain(axes)
         axes.grid(visible=False, axis="y")
         axes.set_axisbelow(True)
-    for y, total in enumerate(spent.sum(1)):
+    for y, total in enumerate(table.total_ms):
         time.annotate(f"{total:.3g}", (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
     time.set_yticks(at, table.editor + ", " + table.model)
     time.invert_yaxis()
