@@ -29,36 +29,42 @@ PARTS = ("record", "solve", "write")
 def cost(run: Run, beside: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Time the edit of each of the run's facts, each alone, by the run's editor and by what stands `beside` it.
 
-    The first fact is edited once before, and left out: a first call pays for what later ones find ready. After each edit the
-    fact's own probes are asked once. Each entry of `beside` holds a `model` and an `editor`.
+    The first fact is edited too, but left out: a first call pays for what later ones find ready. Editors take turns, so that
+    a machine that is busy for a while is so for all. After each edit the fact's own probes are asked once. Each entry of
+    `beside` holds a `model` and an `editor`.
     """
-    first, *facts = run.facts
-    if not facts:
+    if len(run.facts) < 2:
         raise UserError("task=cost: the first edit is left out, so it takes 2 facts or more")
     entrants = run.beside(beside or {})
-    with run.progress(len(facts) * len(entrants)) as advance:
-        for there in entrants:
-            about = {"layer": there.editor.site.layer}
-            rest = [(n, fact) for n, fact in enumerate(facts, 1) if there.earlier(fact_id=fact.id).empty]
-            try:
-                for n, fact in [(0, first), *rest] if rest and there.earlier(condition="unsupported").empty else []:
-                    probes = [fact.edit, *fact.probes]
-                    row = timed(there.lm, there.editor, fact, probes) | {"probes": len(probes), "fact_id": fact.id}
-                    if n:
-                        there.log(row | about, condition="edited", step=n)
-                        there.commit()
-                        advance(f"{there.editor_name}: edit {n}")
-            except Unsupported as error:
-                there.log({"condition": "unsupported", "reply": str(error)} | about)
-                there.warn(f"{there.title}: {error}")
+    able = [there for there in entrants if there.earlier(condition="unsupported").empty]
+    with run.progress(len(run.facts) * len(able)) as advance:
+        for n, fact in enumerate(run.facts):
+            probes = [fact.edit, *fact.probes]
+            for there in list(able):
+                about = {"layer": there.editor.site.layer}
+                advance(f"{there.editor_name}: edit {n}")
+                if n and not there.earlier(fact_id=fact.id).empty:
+                    continue
+                try:
+                    row = timed(there.lm, there.editor, fact, probes)
+                except Unsupported as error:
+                    there.log({"condition": "unsupported", "reply": str(error)} | about)
+                    there.warn(f"{there.title}: {error}")
+                    able.remove(there)
+                    continue
+                if n:
+                    there.log(row | about, condition="edited", step=n, fact_id=fact.id, probes=len(probes))
+            if n:
+                run.commit()
     rows = run.rows()
     if (rows.condition == "edited").any():
         table = medians(rows)
-        title = (
-            f"Milliseconds of one edit ({machine(run.lm)}): medians of {len(facts)} ± half of the interquartile range"
-        )
-        printed = table.drop(columns=["total_ms_low", "total_ms_high"])
-        run.table(table, title, printed=printed.rename(columns=lambda name: name.replace("_ms", "")))
+        title = f"Milliseconds of one edit ({machine(run.lm)}): medians of {len(run.facts) - 1} ± half of the interquartile range"
+        printed = table.rename(columns=lambda name: name.replace("_ms", ""))
+        for name in (*PARTS, "evaluation"):
+            for side, sign in (("low", -1), ("high", 1)):
+                printed[f"{name}_{side}"] = printed[name] + sign * printed[f"{name}_iqr"] / 2
+        run.table(table, title, hidden=[name for name in printed if name.endswith("_iqr")], printed=printed)
         run.console.print(
             "The first edit by each is left out. Where record is empty, all is solve: the editor has no such split. "
             + ("peak: on the GPU, during an edit." if run.lm.device.type == "cuda" else "peak: of the process, so far.")
@@ -131,15 +137,15 @@ def machine(lm: LanguageModel) -> str:
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line per model and editor: medians over edits and the quartiles beside them, in milliseconds; the highest peak."""
+    """A line per model and editor: medians over edits, and interquartile ranges, in milliseconds; the highest peak."""
     rows = rows[rows.condition == "edited"]
     rows = rows.assign(total=rows[list(PARTS)].sum(axis=1))
     lines = []
     for (model, editor), own in rows.groupby(["model", "editor"], sort=False):
         line: dict[str, Any] = {"model": model, "editor": editor}
         for name in (*PARTS, "total", "evaluation"):
-            for side, quantile in (("", 0.5), ("_low", 0.25), ("_high", 0.75)):
-                line[f"{name}_ms{side}"] = 1000 * own[name].quantile(quantile)
+            low, middle, high = 1000 * own[name].quantile([0.25, 0.5, 0.75])
+            line |= {f"{name}_ms": middle, f"{name}_ms_iqr": high - low}
         line |= {name: round(own[name].median()) for name in ("tokens", "probes")}
         lines.append(line | {"peak_gib": own.peak_gib.max()})
     return pd.DataFrame(lines)
