@@ -4,25 +4,22 @@
     python benchmarks/edit_speed.py qwen2.5-1.5b --editor qf2     # its layer run as a firing block
     python benchmarks/edit_speed.py qwen2.5-1.5b qwen2.5-7b       # on a GPU (bfloat16)
 
-Prints one line per model: seconds to record both passes, to solve (QF: a least-norm system; QF2: outer products) in float64, and to write and restore the weight (medians of
-`--repeat` edits, the first left out), tokens taught, and peak memory. On CUDA it also checks that weights come back bit for bit.
+Prints one line per model: seconds to record both passes, to solve (QF: a least-norm system; QF2: outer products) in float64, and to
+write and restore the weight (medians of `--repeat` edits, the first left out), tokens of both passes, and peak memory, as
+`qfbench experiment=cost` measures them. It also checks that weights come back bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import statistics
-import time
 
+import pandas as pd
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qfbench import LanguageModel
-from qfbench.delta import WeightDelta
+from qfbench.cost import PARTS, machine, timed
 from qfbench.editors import QF, QF2
-from qfbench.editors.qf import solve
-from qfbench.editors.qf2 import hebbian
 from qfbench.facts.world import world
 from qfbench.qft.layer import with_firing_layers
 from qfbench.world.tokenizer import train_tokenizer
@@ -62,38 +59,12 @@ def measure(name: str, fires: bool, device: str, dtype: torch.dtype, repeat: int
     editor, facts = QF2(layer, lr=4e-4) if fires else QF(layer), world(repeat + 1)
     weight = editor.site.linear(lm.model).weight
     before = weight.clone()
-    times: dict[str, list[float]] = {"record": [], "solve": [], "write": []}
-
-    def now() -> float:
-        if lm.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def lap(part: str, start: float) -> float:
-        times[part].append(now() - start)
-        return now()
-
-    tokens = []
-    for fact in facts:
-        clock = now()
-        taught = editor.record(lm, fact)
-        clock = lap("record", clock)
-        if isinstance(taught, tuple):
-            change, weights = hebbian(*taught, lr=4e-4), taught[2]
-        else:
-            change, weights = solve(taught.keys, taught.wanted, taught.weights).change, taught.weights
-        clock = lap("solve", clock)
-        with WeightDelta({editor.site.weight_name(lm.model): change}).applied_to(lm):
-            pass
-        lap("write", clock)
-        tokens.append(len(weights))
+    edits = pd.DataFrame([timed(lm, editor, fact) for fact in facts][1:])
     assert torch.equal(weight, before), "the weight did not come back bit for bit"
-    parts = "  ".join(f"{part} {statistics.median(values[1:]):.4f} s" for part, values in times.items())
-    cuda = lm.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    parts = "  ".join(f"{part} {edits[part].median():.4f} s" for part in PARTS)
     print(
-        f"{type(editor).__name__} {name} ({where}, {dtype}): {parts}  {statistics.median(tokens):.0f} tokens  peak {peak / 2**30:.1f} GiB"
+        f"{type(editor).__name__} {name} ({machine(lm)}, {dtype}): {parts}  {edits.tokens.median():.0f} tokens  "
+        f"peak {edits.peak_gib.max():.1f} GiB"
     )
 
 

@@ -311,3 +311,31 @@ def conversion(rows: pd.DataFrame) -> Figure:
         axes.spines["top"].set_visible(False)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
     return figure
+
+
+PARTS = {"record": ("#0072B2", ""), "solve": ("#E69F00", "///"), "write": ("#009E73", "...")}
+
+
+def cost(table: pd.DataFrame) -> Figure:
+    """The parts of an edit's median time end to end, in milliseconds (left) and as shares (right); a bar for each line of `table` (`cost.medians`)."""
+    figure = Figure(figsize=(9, 0.45 * len(table) + 1.3), layout="constrained")
+    time, share = figure.subplots(1, 2, sharey=True)
+    at, spent = np.arange(len(table)), table[[f"{part}_ms" for part in PARTS]].fillna(0).to_numpy(float)
+    for axes, lengths in ((time, spent), (share, spent / spent.sum(1, keepdims=True))):
+        starts = lengths.cumsum(1) - lengths
+        for k, (part, (colour, hatch)) in enumerate(PARTS.items()):
+            axes.barh(
+                at, lengths[:, k], 0.6, starts[:, k], label=part, color=colour, hatch=hatch, edgecolor="white", lw=0
+            )
+        _plain(axes)
+        axes.grid(visible=False, axis="y")
+        axes.set_axisbelow(True)
+    for y, total in enumerate(table.total_ms):
+        time.annotate(f"{total:.3g}", (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    time.set_yticks(at, table.editor + ", " + table.model)
+    time.invert_yaxis()
+    time.margins(x=0.1)
+    time.set(xlabel="milliseconds for one edit (median)")
+    share.set(xlabel="share of the edit", xlim=(0, 1))
+    figure.legend(*time.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
+    return figure

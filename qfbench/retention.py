@@ -66,13 +66,9 @@ def retention(
         raise UserError(f"task.retention.placebo={placebo}: must be 0 or more")
     if not_understood not in ("leave_out", "teach"):
         raise UserError(f"task.retention.not_understood={not_understood}: must be leave_out or teach")
-    entrants = [(run, regimes)]
-    for name, entry in (beside or {}).items():
-        there = run.elsewhere(entry["model"], entry["editor"], name)
-        if (there.lm.name, there.editor_name) in [(r.lm.name, r.editor_name) for r, _ in entrants]:
-            there.label = f"{there.editor_name} {name}"
-        entrants.append((there, entry["regimes"]))
-    for entrant, its_regimes in entrants:
+    beside = beside or {}
+    entrants = run.beside(beside)
+    for entrant, its_regimes in zip(entrants, [regimes, *(e["regimes"] for e in beside.values())], strict=True):
         facts, always = baseline(entrant, not_understood == "teach")
         always = [pair for n, pair in _numbered(always) if at_most is None or n < at_most]
         at = checkpoints(len(facts), every)
@@ -84,7 +80,7 @@ def retention(
                 teach(entrant, name, regime, taught, always, at, advance, about, placebo, stop_on_collapse)
     rows = run.rows()
     if (rows.condition == "edited").any():
-        report(run, rows, "; ".join(entrant.title for entrant, _ in entrants))
+        report(run, rows, "; ".join(entrant.title for entrant in entrants))
 
 
 def report(run: Run, rows: pd.DataFrame, title: str) -> None:

@@ -96,6 +96,16 @@ class Run:
         write_json(self.folder / "provenance.json", known)
         return there
 
+    def beside(self, entries: Mapping[str, Mapping[str, Any]]) -> list[Run]:
+        """This run, and for each entry the same with its `model` and `editor`, all of them called differently."""
+        runs = [self]
+        for name, entry in entries.items():
+            there = self.elsewhere(entry["model"], entry["editor"], name)
+            if (there.lm.name, there.editor_name) in [(r.lm.name, r.editor_name) for r in runs]:
+                there.label = f"{there.editor_name} {name}"
+            runs.append(there)
+        return runs
+
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
         same = {"run_id": self.run_id, "task": self.task}
         self.store.log(same | {"model": self.lm.name, "editor": self.editor_name} | more | dict(row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported
@@ -47,3 +48,18 @@ class Editor(ABC):
             Unsupported: the editor has no such form.
         """
         raise Unsupported(f"{type(self).__name__} cannot protect earlier keys; use regime=sequential or joint")
+
+
+class Recorder(Editor):
+    """An editor in two steps: it records each fact in forward passes, and solves for the change from what it recorded."""
+
+    @abstractmethod
+    def record(self, lm: LanguageModel, fact: Fact) -> Any:
+        """What `together` needs to know of a fact."""
+
+    @abstractmethod
+    def together(self, lm: LanguageModel, parts: Sequence[Any]) -> WeightDelta:
+        """The change that teaches all that was recorded."""
+
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        return self.together(lm, [self.record(lm, fact) for fact in facts])

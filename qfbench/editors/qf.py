@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.delta import LowRank, WeightDelta
-from qfbench.editors.base import Editor
+from qfbench.editors.base import Recorder
 from qfbench.editors.teach import lesson
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
@@ -82,7 +82,7 @@ class Taught:
 
 
 @dataclass(frozen=True)
-class QF(Editor):
+class QF(Recorder):
     """QF at one layer, stock or firing.
 
     Args:
@@ -110,17 +110,14 @@ class QF(Editor):
     def site(self) -> Site:
         return Site(self.layer, "down_proj")
 
-    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
-        return self._together(lm, [self.record(lm, fact) for fact in facts])
-
     def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
         """Each fact is recorded once: keys and targets at a layer do not depend on that layer's `down_proj`."""
         parts = [self.record(lm, fact) for fact in facts[:done]]
         for fact in facts[done:]:
             parts.append(self.record(lm, fact))
-            yield self._together(lm, parts)
+            yield self.together(lm, parts)
 
-    def _together(self, lm: LanguageModel, parts: Sequence[Taught]) -> WeightDelta:
+    def together(self, lm: LanguageModel, parts: Sequence[Taught]) -> WeightDelta:
         taught = Taught(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Taught)))
         solution = solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond)
         return self._delta(lm, solution, [part.keys for part in parts])

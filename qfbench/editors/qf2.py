@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.delta import LowRank, WeightDelta
-from qfbench.editors.base import Editor
+from qfbench.editors.base import Recorder
 from qfbench.editors.teach import lesson
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -44,7 +44,7 @@ def hebbian(
 
 
 @dataclass(frozen=True)
-class QF2(Editor):
+class QF2(Recorder):
     """QF2 at one firing block. Facts taught together are summed: each is recorded on the model as it stands.
 
     Args:
@@ -76,8 +76,8 @@ class QF2(Editor):
     def site(self) -> Site:
         return Site(self.layer, "up_proj")
 
-    def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
-        fired, inputs, weights = zip(*(self.record(lm, fact) for fact in facts), strict=True)
+    def together(self, lm: LanguageModel, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> WeightDelta:
+        fired, inputs, weights = zip(*parts, strict=True)
         change = hebbian(torch.cat(fired), torch.cat(inputs), torch.cat(weights), self.lr)
         notes = {"tokens": float(sum(map(len, weights)))}
         return WeightDelta({self.site.weight_name(lm.model): change}, notes, [key.float() for key in inputs])
