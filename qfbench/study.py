@@ -99,7 +99,8 @@ def trials(rows: pd.DataFrame) -> Study:
     verdict = f"best of {len(values)}, balance {table.balance.iloc[0]:.3f}: {' '.join(overrides)}"
     measures = [f"{name}{beside}" for name in ("retention", "prior", "refused") for beside in ("", "_low", "_high")]
     return Study(
-        {"trials": table[[name for name in ("balance", *differ, *measures) if name in table]]}, verdict=verdict
+        {"trials": table[[name for name in ("balance", *differ, "regime", *measures) if name in table]]},
+        verdict=verdict,
     )
 
 
