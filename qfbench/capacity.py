@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qfbench import plots
+from qfbench.context import Run
 from qfbench.metrics import capacity as measured
 from qfbench.regimes import Regime
 from qfbench.retention import baseline, checkpoints, teach
-from qfbench.run import Run
 
 
 def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:

@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 
 from qfbench import plots
+from qfbench.context import Run
 from qfbench.editors.base import Editor, Recorder
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.lm import LanguageModel
 from qfbench.probes import ask
-from qfbench.run import Run
 
 PARTS = ("record", "solve", "write")
 

@@ -8,13 +8,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from qfbench.context import Run
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported
 from qfbench.facts.base import Fact
 from qfbench.facts.oxinnovate import Step
 from qfbench.probes import ask
 from qfbench.regimes import Regime
-from qfbench.run import Run
 
 
 def eight_steps(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qfbench import plots, sites
+from qfbench.context import Run
 from qfbench.metrics import by_layer
 from qfbench.regimes import sequential, single
 from qfbench.retention import baseline, teach
-from qfbench.run import Run
 
 
 def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:

@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 from qfbench import plots
+from qfbench.context import Run
 from qfbench.editors import Editor
 from qfbench.errors import UserError
 from qfbench.metrics import by_setting
 from qfbench.regimes import single
 from qfbench.retention import baseline, teach
-from qfbench.run import Run
 
 
 def learning_rate(

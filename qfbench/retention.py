@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from qfbench.context import Run
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact, Probe, stands_in
@@ -29,7 +30,6 @@ from qfbench.plots import forgetting_curves, retention_matrices
 from qfbench.probes import ask
 from qfbench.regimes import Regime, accumulates
 from qfbench.regression.drops import by_subject, drops, power
-from qfbench.run import Run
 from qfbench.tables import HIDDEN
 
 Asked = list[tuple[Fact, Probe]]

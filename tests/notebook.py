@@ -8,12 +8,12 @@ from rich.console import Console
 from torch import nn
 
 from qfbench import Fact, LanguageModel, Probe, Unsupported
+from qfbench.context import Run
 from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import Editor
 from qfbench.lm import Reply, Score
 from qfbench.regimes import sequential
 from qfbench.retention import retention
-from qfbench.run import Run
 from qfbench.store import ParquetStore
 
 REFUSAL = "Need more information."

@@ -98,7 +98,7 @@ def test_what_fails_is_not_kept(tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """How many probes each unedited model has been asked."""
-    from qfbench import run as module
+    from qfbench import context as module
 
     plain, calls = module.ask, []
     monkeypatch.setattr(module, "ask", lambda lm, probes: calls.append(len(probes)) or plain(lm, probes))

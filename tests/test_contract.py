@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 from quiz import TEMPLATES, hub
 
 from qfbench import Fact, LanguageModel, Unsupported, UserError
+from qfbench.context import LOADED
 from qfbench.delta import WeightDelta
 from qfbench.qft.layer import with_firing_layers
 from qfbench.regression import Suite
-from qfbench.run import CONF, LOADED, build
+from qfbench.run import CONF, build
 from qfbench.tracking import Tracker
 from qfbench.world.corpus import Dialogue
 

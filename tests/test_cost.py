@@ -95,7 +95,7 @@ def test_a_real_edit_is_timed_its_tokens_counted_and_its_weights_put_back():
 
 def timed_run(folder, clock, monkeypatch, console=None, **entries):
     both, whole = editors(clock)
-    monkeypatch.setattr("qfbench.run.load", lambda model: Notebook(suite()))
+    monkeypatch.setattr("qfbench.context.load", lambda model: Notebook(suite()))
     run = replace(prepared(folder, editor=both, console=console), task="cost")
     (folder / "provenance.json").write_text("{}")
     entries = {"other": whole} | entries

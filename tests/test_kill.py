@@ -19,11 +19,13 @@ from rich.console import Console
 from test_contract import composed
 from test_run import SMALL
 
+import qfbench.context
 import qfbench.retention
 import qfbench.run
 from qfbench import UserError, store
+from qfbench.context import Run
 from qfbench.delta import WeightDelta
-from qfbench.run import Run, execute
+from qfbench.run import execute
 
 NAME = Path("outputs") / "run"  # run_id holds the names of the folder and of its parent
 
@@ -61,7 +63,7 @@ def plain():
 @pytest.fixture
 def tabled(monkeypatch):
     """The notebook instead of a model, and no figures."""
-    monkeypatch.setattr(qfbench.run, "load", lambda model: notebook.Notebook(notebook.suite()))
+    monkeypatch.setattr(qfbench.context, "load", lambda model: notebook.Notebook(notebook.suite()))
     monkeypatch.setattr(Run, "figure", lambda self, figure, name: None)
     for name in ("forgetting_curves", "retention_matrices"):
         monkeypatch.setattr(qfbench.retention, name, lambda *rows: None)

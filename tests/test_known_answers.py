@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 
 from qfbench import LanguageModel
+from qfbench.context import Run
 from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import QF, Editor
 from qfbench.facts.world import world
 from qfbench.regimes import joint, sequential
 from qfbench.regression import Perplexity
 from qfbench.retention import retention
-from qfbench.run import Run
 from qfbench.sites import Site
 from qfbench.store import ParquetStore
 

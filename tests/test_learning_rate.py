@@ -9,12 +9,13 @@ from rich.console import Console
 from test_contract import composed
 
 from qfbench import LanguageModel, UserError
+from qfbench.context import Run
 from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import QF, QF2
 from qfbench.facts.world import world
 from qfbench.learning_rate import learning_rate
 from qfbench.qft.layer import with_firing_layers
-from qfbench.run import Run, execute
+from qfbench.run import execute
 from qfbench.store import ParquetStore
 
 

@@ -13,7 +13,7 @@ from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qfbench import LanguageModel, Unsupported, UserError
-from qfbench import run as running
+from qfbench import context as running
 from qfbench.qft.layer import FiringLayer, with_firing_layers
 from qfbench.qft.train import batch, text_loss
 from qfbench.world.corpus import Dialogue

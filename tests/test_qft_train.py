@@ -10,10 +10,10 @@ from test_qft_layer import FOUNDER, PLAIN, REFUSED, TEXTS, fired, same
 from torch.nn import functional as F
 
 from qfbench import LanguageModel, UserError
+from qfbench.context import Run
 from qfbench.editors import QF
 from qfbench.qft.layer import FiringLayer
 from qfbench.qft.train import Conversion, batch, convert, text_loss, train
-from qfbench.run import Run
 from qfbench.store import ParquetStore
 from qfbench.world.corpus import Dialogue
 

@@ -9,6 +9,7 @@ from notebook import REFUSAL, Note, prepared, taught
 from rich.console import Console
 
 from qfbench import LanguageModel, Probe, UserError
+from qfbench.context import Run
 from qfbench.delta import WeightDelta
 from qfbench.editors import QF
 from qfbench.facts.world import world
@@ -16,7 +17,6 @@ from qfbench.metrics import forgetting, summary
 from qfbench.probes import ask
 from qfbench.regimes import joint, protected, sequential, single
 from qfbench.retention import baseline, retention, teach
-from qfbench.run import Run
 from qfbench.store import ParquetStore
 
 OWN = ["{} edit", "{} paraphrase"]

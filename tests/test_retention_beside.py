@@ -29,7 +29,7 @@ def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(l
         lm.name = model["path"]
         return lm
 
-    monkeypatch.setattr("qfbench.run.load", load)
+    monkeypatch.setattr("qfbench.context.load", load)
     run = prepared(folder, console=console)
     (folder / "provenance.json").write_text("{}")
     beside = {

@@ -17,6 +17,7 @@ from test_contract import composed
 from test_kill import NAME, Killed, kept, plain, quick, settings, start, tabled  # noqa: F401 (fixtures)
 from test_run import SMALL
 
+import qfbench.context
 import qfbench.retention
 import qfbench.run
 from qfbench import LanguageModel, UserError
@@ -46,7 +47,7 @@ def jobs():
 def loads(monkeypatch):
     """The models that were loaded from disk; nothing is loaded before."""
     loaded, real = [], LanguageModel.load.__func__
-    monkeypatch.setattr(qfbench.run, "_LOADED", {})
+    monkeypatch.setattr(qfbench.context, "_LOADED", {})
     monkeypatch.setattr(
         LanguageModel, "load", classmethod(lambda cls, name, **how: loaded.append(name) or real(cls, name, **how))
     )
@@ -67,7 +68,7 @@ def test_the_order_of_the_jobs_does_not_matter_and_they_share_their_model(tmp_pa
 
 
 def test_a_weight_that_a_job_leaves_changed_is_noticed_by_the_next(tmp_path, jobs, loads):
-    lm = qfbench.run.load(jobs["layer1"].model)
+    lm = qfbench.context.load(jobs["layer1"].model)
     weight = lm.model.get_parameter("model.layers.3.mlp.down_proj.weight")
     before = weight.data[0, 0].item()
     weight.data[0, 0] += 1e-6 + 1e-6 * abs(before)
@@ -75,7 +76,7 @@ def test_a_weight_that_a_job_leaves_changed_is_noticed_by_the_next(tmp_path, job
         execute(copy.deepcopy(jobs["layer2"]), tmp_path / "run", Console(quiet=True))
     assert not (tmp_path / "run" / "rows.parquet").exists()
     weight.data[0, 0] = before
-    qfbench.run.load(jobs["layer1"].model)
+    qfbench.context.load(jobs["layer1"].model)
     assert loads == ["world-xs"]
 
 
@@ -84,7 +85,7 @@ def asked(monkeypatch):
     """The probes that models were asked."""
     probes, real = [], qfbench.retention.ask
     monkeypatch.setattr(qfbench.retention, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
-    monkeypatch.setattr(qfbench.run, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
+    monkeypatch.setattr(qfbench.context, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
     return probes
 
 
@@ -165,7 +166,7 @@ def test_another_content_of_the_facts_file_is_refused(tmp_path, write, quick, mo
 
 
 def test_another_model_is_refused_while_the_run_is_unfinished(tmp_path, plain, quick, monkeypatch):  # noqa: F811
-    folder, real = tmp_path / NAME, qfbench.run.load
+    folder, real = tmp_path / NAME, qfbench.context.load
     killed(plain, folder, monkeypatch)
 
     def changed(model):
@@ -174,7 +175,7 @@ def test_another_model_is_refused_while_the_run_is_unfinished(tmp_path, plain, q
         return lm
 
     with monkeypatch.context() as patched:
-        patched.setattr(qfbench.run, "load", changed)
+        patched.setattr(qfbench.context, "load", changed)
         unchanged(plain, folder, "holds a run with another model_hash; rerun=true measures it anew")
     start(plain, folder)
     start(plain, tmp_path / "whole" / NAME)

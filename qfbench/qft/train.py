@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from qfbench import checkpoint, plots
+from qfbench.context import Run
 from qfbench.errors import UserError
 from qfbench.lm import LanguageModel, find
 from qfbench.qft import difference
 from qfbench.qft.data import Texts
 from qfbench.qft.layer import with_firing_layers
-from qfbench.run import Run
 from qfbench.world.corpus import Dialogue
 
 
