@@ -75,7 +75,7 @@ def worth(folder, *regimes, **setting):
     return balance_at_the_end(notebook.taught(folder, *regimes, **setting)[1])
 
 
-def test_a_trial_is_worth_what_stays_of_taught_and_of_prior_knowledge(tmp_path):
+def test_a_trial_is_worth_what_stays_of_taught_and_of_prior_knowledge(tmp_path, quick):  # noqa: F811
     town = {"Where is Town0?": ("North.", "South.")}  # one of three is wrong once anything is taught
     assert worth(tmp_path / "a", says=town) == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
     assert worth(tmp_path / "b", sequential, joint, single, says=town) == pytest.approx(0.8)
