@@ -243,7 +243,8 @@ def main() -> None:
         elif args.against:
             frame = pd.concat([compare(folder, args.against, args.across) for folder in folders(*args.folders)])
             title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"
-            out.print(laid_out(frame, title, [*HIDDEN, "model_of", "editor_of", "regime_of"]))
+            of = [name for name in ("model_of", "editor_of", "regime_of") if frame[name].nunique() == 1]
+            out.print(laid_out(frame, title, [*HIDDEN, *of]))
         else:
             rows = retention(*args.folders)
             table = pooled(rows)
