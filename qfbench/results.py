@@ -243,8 +243,10 @@ def main() -> None:
         elif args.against:
             frame = pd.concat([compare(folder, args.against, args.across) for folder in folders(*args.folders)])
             title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"
-            of = [name for name in ("model_of", "editor_of", "regime_of") if frame[name].nunique() == 1]
-            out.print(laid_out(frame, title, [*HIDDEN, *of]))
+            hidden = [*HIDDEN, "model_of", "editor_of", "regime_of"]
+            if frame.editor_of.nunique() > 1:
+                frame.insert(3, "from", frame.editor_of)
+            out.print(laid_out(frame, title, [*hidden, *(["model"] if frame.model.nunique() == 1 else [])]))
         else:
             rows = retention(*args.folders)
             table = pooled(rows)
