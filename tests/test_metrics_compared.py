@@ -36,6 +36,7 @@ def everything(seed=0, n=30, **more):
             part = part.assign(preferred=rng.random(n) < 0.5, gold=rng.random(n) < 0.5 if kind == "locality" else None)
             parts.append(part)
         parts.append(passages(rng.random(n) + 1, rng.integers(3, 30, n), order=order))
+        parts.append(asked("question", [None] * n, correct=rng.random(n) < 0.6, suite="quiz", order=order))
     return joined(*parts).assign(**more)
 
 

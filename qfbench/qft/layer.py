@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import dispatch_model
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -122,6 +121,8 @@ def with_firing_layers(model: Any, layers: Sequence[int], beta: float = 10.0, al
     for i in alphas:
         firing.model.layers[i].alpha = alphas[i]
     if spread := getattr(model, "hf_device_map", None):  # accelerate's hooks do not come with the layers
+        from accelerate import dispatch_model
+
         dispatch_model(firing, spread, skip_keys=firing._skip_keys_device_placement)
     frozen = not any(p.requires_grad for p in model.parameters())
     return firing.train(model.training).requires_grad_(not frozen)

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
-from scipy.stats import binom, binomtest
 
 from qfbench.metrics import summary_lines
 from qfbench.uncertainty import estimate
@@ -21,6 +19,8 @@ def mcnemar(losses: int, gains: int) -> float:
 
     `losses` are questions answered right before and wrong after, `gains` the others that changed. 1 where none did.
     """
+    from scipy.stats import binomtest  # here: it takes long to import, and most runs have no questions
+
     return float(binomtest(losses, losses + gains).pvalue) if losses + gains else 1.0
 
 
@@ -30,6 +30,9 @@ def detectable(n: int, gains: int = 0, level: float = 0.05, power: float = 0.8) 
     Beside the drop, answers are taken to be lost as often as `gains` of them were gained: the more answers change by themselves,
     the larger a drop must be. NaN where none is large enough.
     """
+    from scipy.optimize import brentq
+    from scipy.stats import binom
+
     churn = gains / n
     changed = np.arange(n + 1)
     enough = (
