@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -31,10 +33,7 @@ def interval(
     run_of_group = _first(group, run)
     in_runs = np.array([np.unique(run[cluster == c]).size for c in range(cluster.max() + 1)])
     pool_of_cluster = np.where(in_runs > 1, -1, _first(cluster, run))
-    rng = np.random.default_rng(0)
-    drawn_runs = _counts(rng, np.zeros(run.max() + 1, int), draws)
-    by_group = _counts(rng, run_of_group, draws) * drawn_runs[:, run_of_group]
-    by_cluster = _counts(rng, pool_of_cluster, draws)
+    by_group, by_cluster = _drawn(tuple(run_of_group.tolist()), tuple(pool_of_cluster.tolist()), draws)
     totals = []
     for summed in (value * weight, weight):
         cells = np.zeros((group.max() + 1, cluster.max() + 1))
@@ -43,6 +42,17 @@ def interval(
     drawn = totals[1] > 0
     low, high = np.quantile(totals[0][drawn] / totals[1][drawn], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=4)  # most measures of a table are about the same facts
+def _drawn(
+    run_of_group: tuple[int, ...], pool_of_cluster: tuple[int, ...], draws: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each group and each cluster is drawn, `[draws, units]`."""
+    rng, runs = np.random.default_rng(0), np.array(run_of_group)
+    drawn_runs = _counts(rng, np.zeros(runs.max() + 1, int), draws)
+    by_group = _counts(rng, runs, draws) * drawn_runs[:, runs]
+    return by_group, _counts(rng, np.array(pool_of_cluster), draws)
 
 
 def _codes(labels: ArrayLike) -> np.ndarray:

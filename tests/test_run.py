@@ -208,7 +208,10 @@ def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
-    [(["editor.layer=9"], 2, "qfbench: editor.layer=9"), (["editor.layr=1"], 1, "layr")],
+    [
+        (["editor.layer=9"], 2, "qfbench: editor.layer=9"),
+        pytest.param(["editor.layr=1"], 1, "layr", marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_line_prints_no_traceback(tmp_path, arguments, code, message):
     command = [sys.executable, "-m", "qfbench.run", "model=world-xs", f"hydra.run.dir={tmp_path}", *arguments]

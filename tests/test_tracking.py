@@ -84,6 +84,7 @@ def untracked(tmp_path_factory):
     return (folder / "rows.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_tracker_is_shown_the_whole_run_and_changes_no_row(tmp_path, untracked):
     folder = tmp_path / "run" / "one"
     done, text = run(folder, "editor.layer=3")

@@ -234,7 +234,7 @@ def test_early_exit_reads_after_so_many_layers(tokenizer):
     assert model.config.num_hidden_layers == 3
 
 
-@pytest.mark.parametrize("name", ["world-xs", "world-s", "world-m"])
+@pytest.mark.parametrize("name", ["world-xs", "world-s", pytest.param("world-m", marks=pytest.mark.slow)])
 def test_shipped_models_have_their_abilities(name):
     """A sample; `python -m qfbench.world.evaluate` measures them in full."""
     lm = LanguageModel.load(name, batch_size=128, max_new_tokens=32)
