@@ -261,7 +261,8 @@ def live(lm: LanguageModel, chat: bool = False) -> Any:
             pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return pair
 
-    tokenizer = deepcopy(lm.tokenizer)  # it is given a padding token
+    # A tokenizer without a padding token is given one.
+    tokenizer = lm.tokenizer if lm.tokenizer.pad_token_id is not None else deepcopy(lm.tokenizer)
     with quiet():
         return Live(pretrained=lm.model, tokenizer=tokenizer, backend="causal", batch_size=lm.batch_size)
 
