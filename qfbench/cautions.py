@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from qfbench.metrics import over_sequence
 from qfbench.regression.drops import SMALL, drops
 from qfbench.results import groups, pooled
+from qfbench.sequences import over_sequence
 
 FEW_FACTS, FEW_SEQUENCES = 30, 3
 ROUNDED = 1e-3  # share of a change lost in the model's dtype

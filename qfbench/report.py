@@ -22,9 +22,10 @@ from qfbench import plots, results
 from qfbench.cautions import cautions, edited
 from qfbench.errors import UserError
 from qfbench.legend import COLUMNS, LINES
-from qfbench.metrics import MEASURES, accumulating, compared, forgetting, matrices, middle, over_sequence
+from qfbench.metrics import MEASURES, accumulating, compared
 from qfbench.provenance import SAME
 from qfbench.regression.drops import drops
+from qfbench.sequences import forgetting, matrices, middle, over_sequence
 from qfbench.store import ParquetStore
 from qfbench.tables import tabled
 

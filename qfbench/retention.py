@@ -15,21 +15,12 @@ from qfbench.context import Run
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact, Probe, stands_in
-from qfbench.metrics import (
-    COLLAPSED,
-    KEPT,
-    compared,
-    forgetting,
-    matrices,
-    middle,
-    over_sequence,
-    summary,
-    what_is_left,
-)
+from qfbench.metrics import KEPT, compared, summary
 from qfbench.plots import forgetting_curves, retention_matrices
 from qfbench.probes import ask
 from qfbench.regimes import Regime, accumulates
 from qfbench.regression.drops import by_subject, drops, power
+from qfbench.sequences import COLLAPSED, forgetting, matrices, middle, over_sequence, what_is_left
 from qfbench.tables import HIDDEN
 
 Asked = list[tuple[Fact, Probe]]

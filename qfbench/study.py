@@ -82,7 +82,7 @@ def model_scale(rows: pd.DataFrame) -> Study:
 def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1000)) -> Study:
     """What is left after so many edits, of taught facts, of the first one, of prior knowledge."""
     taught = results.pooled(rows)
-    figures = {"inflation": plots.inflation(taught[taught.regime == "sequential"])}
+    figures = {"inflation": plots.inflation(taught[taught.of == taught.regime])}
     return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))}, figures)
 
 

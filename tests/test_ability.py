@@ -14,13 +14,14 @@ from test_tracking import points, row
 from qfbench import UserError, results
 from qfbench.editors import QF
 from qfbench.folder import check_questions
-from qfbench.metrics import forgetting, summary
+from qfbench.metrics import summary
 from qfbench.plots import forgetting_curves
 from qfbench.regimes import joint, sequential
 from qfbench.regression import Questions
 from qfbench.regression.drops import by_subject, drops
 from qfbench.report import page
 from qfbench.retention import retention
+from qfbench.sequences import forgetting
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.metrics import by_layer, forgetting
+from qfbench.metrics import by_layer
 from qfbench.plots import (
     MEASURES,
     OTHER,
@@ -13,6 +13,7 @@ from qfbench.plots import (
     learning_rates,
     retention_matrices,
 )
+from qfbench.sequences import forgetting
 
 
 def drawn(axes):

@@ -5,10 +5,11 @@ from notebook import prepared
 from torch.nn.functional import cross_entropy
 
 from qfbench import UserError
-from qfbench.metrics import over_sequence, summary
+from qfbench.metrics import summary
 from qfbench.regimes import joint, sequential, single
 from qfbench.regression import Perplexity
 from qfbench.retention import retention
+from qfbench.sequences import over_sequence
 
 TEXT = "\ufeffQi started Oxinnovate.\n\n  Where is Łódź? Far away, and further still.  \r\nNo.\n"
 

@@ -7,7 +7,7 @@ from pandas.testing import assert_frame_equal
 from rich.console import Console
 
 from qfbench import UserError, results
-from qfbench.metrics import forgetting, over_sequence
+from qfbench.sequences import forgetting, over_sequence
 from qfbench.tables import laid_out
 
 RIGHT = np.random.default_rng(0).random(400) < 0.6

@@ -13,10 +13,11 @@ from qfbench.context import Run
 from qfbench.delta import WeightDelta
 from qfbench.editors import QF
 from qfbench.facts.world import world
-from qfbench.metrics import forgetting, summary
+from qfbench.metrics import summary
 from qfbench.probes import ask
 from qfbench.regimes import joint, protected, sequential, single
 from qfbench.retention import baseline, retention, teach
+from qfbench.sequences import forgetting
 from qfbench.store import ParquetStore
 
 OWN = ["{} edit", "{} paraphrase"]

@@ -8,9 +8,9 @@ from notebook import Note, Notebook, prepared, suite
 from rich.console import Console
 
 from qfbench.delta import WeightDelta
-from qfbench.metrics import forgetting
 from qfbench.regimes import joint, sequential, single
 from qfbench.retention import retention
+from qfbench.sequences import forgetting
 
 
 @dataclass(frozen=True)

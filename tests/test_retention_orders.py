@@ -9,9 +9,9 @@ from notebook import prepared, suite, taught
 
 from qfbench import UserError
 from qfbench.delta import WeightDelta
-from qfbench.metrics import matrices
 from qfbench.regimes import joint, sequential, single
 from qfbench.retention import checkpoints, in_order, retention
+from qfbench.sequences import matrices
 
 
 @pytest.mark.parametrize("n", [1, 2, 49, 50, 51, 60, 61, 100, 1000])
