@@ -1,7 +1,32 @@
 """qfbench: measure what knowledge editing teaches a language model, and what it costs."""
 
-from qfbench.errors import Unsupported, UserError
-from qfbench.facts import Fact, Probe
-from qfbench.lm import LanguageModel
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qfbench.errors import Unsupported, UserError
+    from qfbench.facts.base import Fact, Probe
+    from qfbench.lm import LanguageModel
 
 __all__ = ["Fact", "LanguageModel", "Probe", "Unsupported", "UserError"]
+
+# Imported when first asked for: torch and transformers take seconds, and most of the package works without them.
+_HOMES = {
+    "Fact": "qfbench.facts.base",
+    "LanguageModel": "qfbench.lm",
+    "Probe": "qfbench.facts.base",
+    "Unsupported": "qfbench.errors",
+    "UserError": "qfbench.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

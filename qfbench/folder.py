@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.console import Console
 
 from qfbench.errors import UserError
 from qfbench.facts import Fact
-from qfbench.provenance import NOT_MEASURED, SAME, suite_hash
+from qfbench.provenance import SAME, suite_hash
+from qfbench.settings import settings
 from qfbench.tables import HIDDEN, laid_out
 
 log = logging.getLogger(__name__)
@@ -72,24 +71,6 @@ def recorded(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: cannot be read ({error}); rerun=true measures all anew") from error
     return known
-
-
-def settings(source: DictConfig | Path) -> str:
-    """What a run's numbers may depend on, of its configuration or of the file that keeps it."""
-    cfg = OmegaConf.load(source) if isinstance(source, Path) else source
-    assert isinstance(cfg, DictConfig)
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_MEASURED])
-    return OmegaConf.to_yaml(own, resolve=True, sort_keys=True)
-
-
-def name_of(_root_: DictConfig) -> str:
-    """The name of a run's folder: its model, its editor, and the hash of all its settings."""
-    try:
-        digest = hashlib.sha256(settings(_root_).encode()).hexdigest()[:8]
-    except OmegaConfBaseException:  # a setting is missing: `build` will say which
-        digest = "incomplete"
-    choices = _root_.hydra.runtime.choices
-    return f"{choices.model}-{choices.editor}-{digest}"
 
 
 def show(folder: Path, console: Console, brief: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,6 +194,11 @@ class LanguageModel:
         return {i for i in stops if i is not None}
 
     @cached_property
+    def cache_argument(self) -> str:
+        """What the forward pass calls its key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
+    @cached_property
     def _line_ends(self) -> frozenset[int]:
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         return frozenset(i for i, text in enumerate(texts) if "\n" in text)
@@ -206,7 +212,7 @@ class LanguageModel:
         ended = [False] * len(prompts)
         for _ in range(self.max_new_tokens):
             logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{self.cache_argument: cache}
             ).logits
             chosen = self._finite(logits)[:, -1].argmax(-1)
             for row, token in enumerate(chosen.tolist()):

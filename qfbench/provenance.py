@@ -20,9 +20,6 @@ from qfbench.lm import LanguageModel
 # How replies are scored (`probes.ask`); to be raised when that changes, since older runs then compare no more.
 PROBES = 1
 
-
-# Settings on which no number depends.
-NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker", "objective")
 # What two runs must share before their numbers may be compared.
 SAME = ("suite_hash", "model_hash", "config_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
 

@@ -19,8 +19,9 @@ from yaml import YAMLError
 
 from qfbench.errors import UserError
 from qfbench.metrics import GENERAL, compared, summary
-from qfbench.provenance import NOT_MEASURED, SAME
+from qfbench.provenance import SAME
 from qfbench.regression.drops import drops, power
+from qfbench.settings import NOT_MEASURED
 from qfbench.tables import HIDDEN, console, laid_out
 
 

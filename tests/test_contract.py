@@ -15,7 +15,7 @@ from qfbench.context import LOADED
 from qfbench.delta import WeightDelta
 from qfbench.qft.layer import with_firing_layers
 from qfbench.regression import Suite
-from qfbench.run import CONF, build
+from qfbench.settings import CONF, build
 from qfbench.tracking import Tracker
 from qfbench.world.corpus import Dialogue
 
@@ -188,6 +188,8 @@ def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
     header = (CONF / "experiment" / f"{name}.yaml").read_text()
     command = "# qfbench\n" if name == "quickstart" else f"# qfbench experiment={name}"
     assert command in header
+    assert header.split("\n")[1].startswith("# ")  # what `qfbench --help` says of it
+    assert not header.split("\n")[1].startswith("# qfbench")
 
 
 @pytest.mark.parametrize("name", options("regression"))

@@ -325,7 +325,7 @@ def command(*overrides):
     )
     regimes = "regime=[sequential,joint,protected]"
     own = ("experiment=retention", "model=world-xs", regimes, *few, "hydra.run.dir=run")
-    return [sys.executable, "-m", "qfbench.run", *own, *overrides]
+    return [sys.executable, "-m", "qfbench.commands.run", *own, *overrides]
 
 
 def begun(cwd, errors="errors"):

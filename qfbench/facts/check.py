@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from rich.console import Console
 
 from qfbench.errors import UserError
-from qfbench.run import CONF, build
+from qfbench.settings import CONF, build
 
 USAGE = (
     "usage: qfbench-facts SUITE [facts.path=FILE] [facts.on_error=skip] ...   (any setting of conf/facts/SUITE.yaml)"
