@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
@@ -29,7 +30,7 @@ from qfbench.lm import LanguageModel
 from qfbench.probes import Row, ask
 from qfbench.provenance import SAME, protocol
 from qfbench.regression import Suite
-from qfbench.store import ParquetStore, write_json
+from qfbench.store import ParquetStore
 from qfbench.tracking import Mirror
 
 # Of a model's settings, those that say how it is loaded.
@@ -81,7 +82,7 @@ class Run:
         if len(self.store.earlier) and any(before.get(n) != there.protocol[n] for n in SAME if n in before):
             raise UserError(f"{self.folder} holds a run with another {lm.name}; rerun=true measures it anew")
         beside[lm.name] = dict(there.protocol)
-        write_json(self.folder / "provenance.json", known)
+        self.store.ledger.write_json("provenance.json", known)
         return there
 
     def beside(self, entries: Mapping[str, Mapping[str, Any]]) -> list[Run]:
@@ -105,25 +106,32 @@ class Run:
             rows = rows[rows[name] == value] if name in rows else rows[:0]
         return rows.reindex(columns=rows.columns.union(["condition", "draw", "step", "kind", "generated"]))
 
+    def forget(self, rows: pd.Index) -> None:
+        """Leave out rows of `earlier`, which are to be measured again."""
+        self.store.forget(set(rows))
+
     def commit(self, name: str = "", step: int = 0, total: WeightDelta | None = None) -> None:
         """Now and then, write all rows, and of a sequence what it needs to go on after `step` edits."""
         if not self.store.due():
             return
-        kept, written = self.state(name, step), True
-        if total is not None:
-            kept.parent.mkdir(exist_ok=True)
-            try:
-                part = kept.with_suffix(".part")
-                total.save(part, keys=True)
-                part.replace(kept)
-            except (OSError, SafetensorError):
-                written = False
+        kept = self.state(name, step)
+        written = total is None or self.written(kept, lambda path: total.save(path, keys=True))
         if not (written and self.store.commit()):
             self.warn(f"{self.folder} cannot be written to (is the disk full?); what is measured stays in memory")
             return
         for path in kept.parent.glob("*"):
             if path != kept:
                 path.unlink()
+
+    @staticmethod
+    def written(path: Path, write: Callable[[Path], object]) -> bool:
+        """Let `write` make a file in a folder of the run's; whether that could be done."""
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write(path)
+        except (OSError, SafetensorError):
+            return False
+        return True
 
     def state(self, name: str, step: int) -> Path:
         """Where `commit` keeps a sequence. Once the next one is under way, it is no longer needed, and gone."""
@@ -149,7 +157,7 @@ class Run:
         return frame[frame.task == (task or self.task)]
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]{text}[/yellow]")
+        self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def table(
         self,
@@ -167,21 +175,25 @@ class Run:
 
     def keep(self, frame: pd.DataFrame, name: str) -> None:
         """Keep a frame as CSV beside the rows."""
-        frame.to_csv(self.folder / f"{name}.csv", index=False)
+        if not self.store.ledger.write(f"{name}.csv", lambda path: frame.to_csv(path, index=False)):
+            self.warn(f"{name}.csv could not be written (is the disk full?); qfbench-results makes it of the rows")
         self.tracker.table(name, frame)
 
     def figure(self, figure: Figure, name: str) -> None:
-        (self.folder / "figures").mkdir(exist_ok=True)
         path = self.folder / "figures" / name
-        for ending in (".png", ".pdf"):
-            figure.savefig(path.with_suffix(ending), dpi=150)
+        if not all(
+            self.written(path.with_suffix(ending), lambda file: figure.savefig(file, dpi=150))
+            for ending in (".png", ".pdf")
+        ):
+            self.warn(f"the figure {name} could not be written (is the disk full?)")
+            return
         self.tracker.figure(name, path.with_suffix(".png"))
         if not self.brief:
-            self.console.print(f"figure: [bold]{os.path.relpath(path)}.png[/bold]", soft_wrap=True)
+            self.console.print(f"figure: [bold]{escape(os.path.relpath(path))}.png[/bold]", soft_wrap=True)
 
     def save(self, delta: WeightDelta, name: str) -> None:
-        (self.folder / "deltas").mkdir(exist_ok=True)
-        delta.save(self.folder / "deltas" / f"{name}.safetensors")
+        if not self.written(self.folder / "deltas" / f"{name}.safetensors", delta.save):
+            self.warn(f"the change of weights {name} could not be written (is the disk full?)")
         lost = delta.rounding_loss(self.lm)
         if lost > 1e-3:
             self.warn(f"{name}: written in {self.lm.dtype}, {lost:.1%} of the change is lost to rounding")
@@ -204,7 +216,7 @@ class Run:
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
         """A progress bar; call what it gives after each unit of work, with what is being done."""
-        columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=total)
             yield lambda text: bar.update(task, advance=1, description=text)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from qfbench import sealed
 from qfbench.errors import UserError
 from qfbench.lm import LanguageModel
 
@@ -135,27 +134,23 @@ class WeightDelta:
 
     def save(self, path: str | Path, keys: bool = False) -> None:
         """Write to one safetensors file, if asked with the `keys`."""
-        tensors = {f":{i}:key": key.contiguous().cpu() for i, key in enumerate(self.keys if keys else ())}
+        tensors = {f":{i}:key": key for i, key in enumerate(self.keys if keys else ())}
         for name, change in self.changes.items():
-            tensors[f"{name}:left"] = change.left.contiguous().cpu()
+            tensors[f"{name}:left"] = change.left
             if change.right is not None:
-                tensors[f"{name}:right"] = change.right.contiguous().cpu()
-        save_file(tensors, path, {"format": "qfbench-delta"})
+                tensors[f"{name}:right"] = change.right
+        sealed.save(tensors, Path(path), {"format": "qfbench-delta"})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> WeightDelta:
         """Read what `save` wrote.
 
         Raises:
-            UserError: the file is missing, or is no delta.
+            UserError: the file is missing, damaged, or no delta.
         """
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                if (file.metadata() or {}).get("format") != "qfbench-delta":
-                    raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read as a delta ({error})") from error
+        tensors, metadata = sealed.load(Path(path), device)
+        if metadata.get("format") != "qfbench-delta":
+            raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
         keys = [tensors.pop(f":{i}:key") for i in range(sum(name.endswith(":key") for name in tensors))]
         names = sorted({name.rsplit(":", 1)[0] for name in tensors})
         return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)

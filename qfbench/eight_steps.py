@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from qfbench.context import Run
@@ -30,7 +31,7 @@ def eight_steps(
     Edits are made even where step 2 finds that the model does not understand what it is told; the output then says so.
     """
     run = run.elsewhere(elsewhere["model"], elsewhere["editor"]) if elsewhere else run
-    table = Table(title=f"The eight steps: {run.title}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title=escape(f"The eight steps: {run.title}"), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("step", "query", "reply", "verdict"):
         table.add_column(column)
     edits, total, taught = iter(regime(run.editor, run.lm, facts)), WeightDelta(), 0
@@ -44,9 +45,9 @@ def eight_steps(
             condition = "edited" if taught else "in_context" if step.probe.system else "unedited"
             about = {"condition": condition, "step": taught, "number": step.number, "fact_id": step.fact_id}
             run.log(row | about | run.health(total))
-            told = f"[dim]told: {step.probe.system}[/dim]\n" if step.probe.system else ""
+            told = f"[dim]told: {escape(step.probe.system)}[/dim]\n" if step.probe.system else ""
             verdict = "[green]pass[/green]" if row["generated"] else "[red]FAIL[/red]"
-            table.add_row(str(step.number), told + step.probe.query, row["reply"], verdict)
+            table.add_row(str(step.number), told + escape(step.probe.query), escape(row["reply"]), verdict)
             if step.probe.system and not row["generated"]:
                 run.warn(f"not_understood: told {step.probe.system!r}, the model does not answer {step.probe.query!r}")
     except Unsupported as error:

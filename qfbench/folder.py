@@ -11,35 +11,65 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 
 from qfbench.errors import UserError
 from qfbench.facts import Fact
+from qfbench.ledger import FILE as LEDGER
+from qfbench.ledger import MADE_OF, Ledger
 from qfbench.provenance import SAME, suite_hash
 from qfbench.settings import settings
+from qfbench.store import read_progress
 from qfbench.tables import HIDDEN, laid_out
 
 log = logging.getLogger(__name__)
 
 
-def check_folder(cfg: DictConfig, folder: Path, facts: Sequence[Fact]) -> None:
-    """Refuse a folder that holds another run, or one of other facts; empty it for `rerun`."""
+def check_folder(cfg: DictConfig, folder: Path, facts: Sequence[Fact]) -> str:
+    """Refuse a folder that holds another run, or one of other facts; empty it for `rerun`, and where a file of it is damaged.
+
+    Returns what is damaged, in words; the files are kept beside, as `NAME.damaged`.
+    """
     if cfg.rerun:
-        for path in sorted(folder.iterdir()):  # progress.json before rows.parquet: what is left is then not finished
-            if path.is_dir() and path.name in ("figures", "deltas", "state", "study"):
-                shutil.rmtree(path)
-            elif path.name in ("rows.parquet", "progress.json", "checkpoint.safetensors", "provenance.json") or (
-                path.suffix == ".csv"
-            ):
-                path.unlink()
-        return
-    config, known = folder / "config.yaml", recorded(folder)
-    elsewhere = "give another hydra.run.dir, or rerun=true to measure this one anew"
+        _empty(folder)
+        return ""
+    config, elsewhere = folder / "config.yaml", "give another hydra.run.dir, or rerun=true to measure this one anew"
+    damaged = Ledger(folder).damaged(*MADE_OF)
+    if "config.yaml" in damaged and config.exists():
+        raise UserError(f"{config}: is damaged, so that nobody knows what was measured there; {elsewhere}")
     if (folder / "rows.parquet").exists() and not (config.exists() and settings(config) == settings(cfg)):
         raise UserError(f"{folder} holds a run with other settings (config.yaml); {elsewhere}")
+    if damaged or not _consistent(folder):
+        for name in MADE_OF[1:]:
+            if (folder / name).exists():
+                (folder / name).replace(folder / f"{name}.damaged")
+        _empty(folder, keep=("checkpoint.safetensors",))
+        return ", ".join(damaged or MADE_OF[2:])
+    known = recorded(folder)
     if known and known.get("suite_hash") != suite_hash(facts):
         raise UserError(f"{folder} holds a run of other facts (the file has changed since?); {elsewhere}")
+    return ""
+
+
+def _consistent(folder: Path) -> bool:
+    """Whether there are as many rows as the run says it has measured."""
+    path, progress = folder / "rows.parquet", read_progress(folder)
+    return progress["rows"] <= (pyarrow.parquet.read_metadata(path).num_rows if path.exists() else 0)
+
+
+def _empty(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Remove what a run left in its folder: the checksums last, for what they do not know counts as damaged."""
+    last = ("config.yaml", LEDGER)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name in ("figures", "deltas", "state", "study"):
+            shutil.rmtree(path)
+        elif path.name in {"checkpoint.safetensors", *MADE_OF} - {*last, *keep} or path.suffix == ".csv":
+            path.unlink()
+    for name in last:
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_same(folder: Path, known: Mapping[str, Any]) -> None:
@@ -67,23 +97,29 @@ def recorded(folder: Path) -> dict[str, Any]:
     """A run's provenance; empty where there is none yet."""
     path = folder / "provenance.json"
     try:
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); rerun=true measures all anew") from error
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: must be an object; rerun=true measures all anew")
     return known
 
 
 def show(folder: Path, console: Console, brief: bool) -> None:
     """Print the tables of a finished run."""
+    ledger = Ledger(folder)
     for path in [] if brief else sorted(folder.glob("*.csv")):
-        console.print(laid_out(pd.read_csv(path), path.stem, HIDDEN))
+        if ledger.damaged(path.name):
+            console.print(f"[yellow]{escape(path.name)} is not as the run wrote it; qfbench-results makes it of the rows[/yellow]")
+        else:
+            console.print(laid_out(pd.read_csv(path), path.stem, HIDDEN))
     where = os.path.relpath(folder)
-    console.print(f"measured already: [bold]{where}[/bold]; rerun=true measures it anew", soft_wrap=True)
+    console.print(f"measured already: [bold]{escape(where)}[/bold]; rerun=true measures it anew", soft_wrap=True)
 
 
 def contents(folder: Path) -> str:
     """What a run's folder holds, in one line."""
-    files = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (".lock", "progress.json"))
+    files = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (".lock", "progress.json", LEDGER))
     for name in ("figures", "deltas"):
         held = sorted((folder / name).glob("*"))
         files += [f"{name}/{held[0].name}"] if len(held) == 1 else [f"{name}/ ({len(held)} files)"] if held else []

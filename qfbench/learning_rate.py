@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from rich.markup import escape
+
 from qfbench import plots
 from qfbench.context import Run
 from qfbench.editors import Editor
@@ -56,6 +58,6 @@ def learning_rate(
     for scheme, lines in own.groupby("scheme", sort=False) if "balance" in own else ():
         best = lines.loc[lines.balance.idxmax()]
         run.console.print(
-            f"{scheme}: best balance at lr {best.lr:g} (efficacy {best.efficacy:.2f}, prior {best.prior:.2f})"
+            f"{escape(scheme)}: best balance at lr {best.lr:g} (efficacy {best.efficacy:.2f}, prior {best.prior:.2f})"
         )
     run.figure(plots.learning_rates(own, curve[curve.lr.isna()]), "learning_rates")

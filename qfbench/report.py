@@ -26,7 +26,7 @@ from qfbench.metrics import MEASURES, accumulating, compared
 from qfbench.provenance import SAME
 from qfbench.regression.drops import drops
 from qfbench.sequences import forgetting, matrices, middle, over_sequence
-from qfbench.store import ParquetStore
+from qfbench.store import read_progress
 from qfbench.tables import tabled
 
 EXAMPLES = 12
@@ -255,7 +255,7 @@ def experiment(run: Path) -> str:
 
 
 def _unfinished(folder: Path, found: Sequence[Path]) -> list[str]:
-    begun = [_name(run, folder) for run in found if not ParquetStore(run).finished]
+    begun = [_name(run, folder) for run in found if not read_progress(run)["finished"]]
     out = [f"Not finished: {run} was stopped or still runs. What is shown is what it had measured." for run in begun]
     empty = sorted(_name(path.parent, folder) for path in folder.rglob("provenance.json") if path.parent not in found)
     return out + [f"Not finished: {name} has measured nothing yet." for name in empty]

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 from omegaconf import OmegaConf
+from rich.markup import escape
 from yaml import YAMLError
 
 from qfbench.errors import UserError
+from qfbench.ledger import MADE_OF, Ledger
 from qfbench.metrics import GENERAL, compared, summary
 from qfbench.provenance import SAME
 from qfbench.regression.drops import drops, power
@@ -51,6 +54,9 @@ def load(*paths: str | Path) -> pd.DataFrame:
         UserError: there is no run, or a file of one cannot be read.
     """
     found = folders(*paths)
+    for folder in found:
+        if damaged := Ledger(folder).damaged(*MADE_OF):
+            raise UserError(f"{folder / damaged[0]}: is damaged or gone; the run's own command measures it again")
     table = pd.DataFrame([settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
     table = table[[name for name in table if name.split(".")[0] not in NOT_MEASURED]]
     table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
@@ -137,8 +143,6 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
         raise UserError(f"{to}: holds something already; remove it first, or give another folder")
     for folder in found:
         (to / folder.name).mkdir(parents=True)
-        for name in ("config.yaml", "provenance.json"):
-            shutil.copyfile(folder / name, to / folder.name / name)
         rows = pd.read_parquet(folder / "rows.parquet")
         if "reply" in rows:
             rows["nll"] = rows.nll.where(rows.kind == "perplexity")
@@ -150,9 +154,16 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
             texts = ["query", "expected"]
             rows[texts] = rows[texts].where(rows.kind != "question", "")
         table = pyarrow.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata()  # which is 16 kB a file
-        pyarrow.parquet.write_table(
-            table, to / folder.name / "rows.parquet", compression="zstd", compression_level=19, store_schema=False
-        )
+        small: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "store_schema": False}
+        files: dict[str, Callable[[Path], object]] = {
+            "config.yaml": partial(shutil.copyfile, folder / "config.yaml"),
+            "provenance.json": partial(shutil.copyfile, folder / "provenance.json"),
+            "rows.parquet": partial(pyarrow.parquet.write_table, table, **small),
+        }
+        ledger = Ledger(to / folder.name)
+        for name, write in files.items():
+            if not ledger.write(name, write):
+                raise UserError(f"{folder / name} cannot be copied to {to} (is it there, and is there room?)")
     return [to / folder.name for folder in found]
 
 
@@ -240,7 +251,7 @@ def main() -> None:
     try:
         if args.ship:
             size = sum(path.stat().st_size for run in ship(args.ship, *args.folders) for path in run.iterdir())
-            out.print(f"wrote [bold]{args.ship}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
+            out.print(f"wrote [bold]{escape(args.ship)}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
         elif args.against:
             frame = pd.concat([compare(folder, args.against, args.across) for folder in folders(*args.folders)])
             title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"

@@ -192,10 +192,16 @@ def teach(
     file = "-".join([run.editor_name, name, *(f"{key}{value}" for key, value in about.items())])
     done = int(edited.step.max()) if len(edited) else 0
     total, state = WeightDelta(), run.state(file, done)
-    if (earlier.condition == "unsupported").any() or (done and sequence and not state.exists()):
-        return  # it came to its end
+    key = f"{run.task}/{file}"
+    if key in run.store.ended:
+        return
     if done and sequence:
-        total = WeightDelta.load(state, editor.site.home(run.lm.model))
+        try:
+            total = WeightDelta.load(state, editor.site.home(run.lm.model))
+        except UserError as error:
+            run.warn(f"{error}; {name} is measured again")
+            run.forget(earlier.index)
+            edited, draws, done = edited[:0], set(), 0
     taught = facts[:done]
     fallen = {measure for measure, share in what_is_left(edited).items() if sequence and (share < COLLAPSED).any()}
     for _ in taught:
@@ -228,6 +234,7 @@ def teach(
         raise FloatingPointError(f"{name}, after {done} edits: {error}") from error
     if done and sequence:
         run.save(total, file)
+    run.store.ended.append(key)
 
 
 def check(

@@ -14,14 +14,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 
-from qfbench import context, tables
+from qfbench import context, sites, tables
 from qfbench.context import Run
-from qfbench.errors import UserError
+from qfbench.errors import Unsupported, UserError
 from qfbench.folder import check_folder, check_questions, check_same, contents, recorded, show
 from qfbench.provenance import protocol, provenance
 from qfbench.settings import build, check
-from qfbench.store import ParquetStore, alone, write_json, write_text
+from qfbench.store import ParquetStore, alone
 from qfbench.tracking import About, Mirror
 
 
@@ -41,10 +42,16 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         torch.set_num_threads(cfg.threads)
     editor, facts, mirror = build(cfg, "editor"), build(cfg, "facts"), Mirror(build(cfg, "tracker"), console)
     with alone(folder):
-        check_folder(cfg, folder, facts)
+        where, damaged = escape(os.path.relpath(folder)), check_folder(cfg, folder, facts)
+        if damaged:
+            text = f"{folder}: damaged: {damaged}; kept as NAME.damaged, and measured again"
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         store = ParquetStore(folder, cfg.commit_seconds, mirror.rows)
         lm = context.load(cfg.model)
         editor.site.block(lm.model)  # an unknown layer is found before anything is computed
+        if OmegaConf.is_interpolation(cfg.model, "layer") and editor.site.layer == cfg.model.layer:
+            depth = len(sites.layers(lm.model))
+            console.print(f"layer {editor.site.layer} of {depth}, since none was given; editor.layer=... chooses another")
         how = protocol(lm)
         known = provenance(cfg.seed, how, facts)
         check_same(folder, known)
@@ -52,31 +59,48 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
             show(folder, console, brief)
             return None
         regression = build(cfg, "regression")
+        known["overrides"] = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         known["regression"] = {name: suite.fingerprint for name, suite in regression.items()}
         check_questions(folder, known["regression"])
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        write_json(folder / "provenance.json", recorded(folder) | known)
+        if not (
+            store.ledger.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            and store.ledger.write_json("provenance.json", recorded(folder) | known)
+        ):
+            raise UserError(f"{folder} cannot be written to (disk full, or read-only?)")
         run = Run(lm, editor, facts, folder, store, console, tracker=mirror)
         run.regression, run.protocol = regression, how
         run.brief = brief
         run.cache = None if cfg.cache is None else Path(cfg.cache)
         if len(store.earlier):
-            console.print(f"going on in [bold]{os.path.relpath(folder)}[/bold] after {len(store.earlier)} rows")
+            console.print(f"going on in [bold]{where}[/bold] after {len(store.earlier)} rows", soft_wrap=True)
         with mirror.of(about(run, cfg, known)):
             try:
                 for run.task, task in build(cfg, "task").items():
                     if run.task not in store.tasks:
                         task(run)
+                        refuse_hollow(run)
                         store.commit(run.task)
                 if not store.commit(finished=True):
                     raise UserError(f"{folder} cannot be written to (disk full?); start again once there is room")
             finally:
                 if not store.flush():
-                    console.print(f"[yellow]all rows are in {store.rescue()}[/yellow]", soft_wrap=True)
+                    console.print(f"all rows are in {store.rescue()}", style="yellow", markup=False, soft_wrap=True)
                 mirror.replies(store.frame())
     shutil.rmtree(folder / "state", ignore_errors=True)
-    console.print(f"wrote [bold]{os.path.relpath(folder)}[/bold]: {contents(folder)}", soft_wrap=True)
+    console.print(f"wrote [bold]{where}[/bold]: {escape(contents(folder))}", soft_wrap=True)
     return run
+
+
+def refuse_hollow(run: Run) -> None:
+    """A task that was to edit, and could not under any regime or at any layer, has measured nothing.
+
+    Raises:
+        Unsupported: saying why.
+    """
+    rows = run.rows()
+    if "condition" in rows and "edited" not in set(rows.condition) and "unsupported" in set(rows.condition):
+        reasons = rows.reply[rows.condition == "unsupported"].unique()
+        raise Unsupported(f"{run.task} measured nothing: {'; '.join(reasons)}")
 
 
 def about(run: Run, cfg: DictConfig, known: Mapping[str, Any]) -> About:

@@ -6,6 +6,7 @@ import collections.abc
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -78,11 +79,16 @@ def check(cfg: DictConfig) -> None:
 
 def _resolved(cfg: DictConfig) -> Any:
     """The values of a configuration, without Hydra's own."""
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    missing = sorted(OmegaConf.missing_keys(own), key=len)  # the key itself before those that refer to it
-    if missing:
-        raise UserError(f"{missing[0]} is needed: give {missing[0]}=...")
-    return OmegaConf.to_container(own, resolve=True)
+    try:
+        own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        missing = sorted(OmegaConf.missing_keys(own), key=len)  # the key itself before those that refer to it
+        if missing:
+            raise UserError(f"{missing[0]} is needed: give {missing[0]}=...")
+        return OmegaConf.to_container(own, resolve=True)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(_first_line(error)) from error
 
 
 def _check_targets(value: Any, where: str) -> None:
@@ -101,7 +107,7 @@ def _found(target: str, where: str) -> Any:
     try:
         return get_object(target)
     except Exception as error:  # a module of the user's own may raise anything
-        raise UserError(f"{where}._target_={target}: cannot be imported ({str(error).strip()})") from error
+        raise UserError(f"{where}._target_={target}: cannot be imported ({_first_line(error)})") from error
 
 
 def _check_fields(values: Mapping[str, Any], target: Any, lead: str) -> None:
@@ -119,6 +125,8 @@ def _check_fields(values: Mapping[str, Any], target: Any, lead: str) -> None:
 def conforms(value: Any, hint: Any) -> bool:
     """Whether a value of a configuration is what an annotation says. Annotations that no YAML can hold take anything."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if isinstance(value, dict) and "_target_" in value:
+        return True  # what it builds is seen when it is built
     if origin in (typing.Union, types.UnionType):
         return any(conforms(value, one) for one in arguments)
     if origin is float:
@@ -128,10 +136,9 @@ def conforms(value: Any, hint: Any) -> bool:
     if origin in LISTS:
         return isinstance(value, list) and all(conforms(one, arguments[0]) for one in value if arguments)
     if origin in (dict, collections.abc.Mapping):
-        built = isinstance(value, dict) and "_target_" in value
-        return built or (isinstance(value, dict) and all(conforms(one, arguments[1]) for one in value.values() if arguments))
+        return isinstance(value, dict) and all(conforms(one, arguments[1]) for one in value.values() if arguments)
     if isinstance(origin, type) and origin not in (Any, object, collections.abc.Callable):
-        return isinstance(value, dict)  # an object, which the configuration builds
+        return False  # an object, which a configuration can only build
     return True
 
 
@@ -149,6 +156,10 @@ def _named(hint: Any) -> str:
     if origin in (None, type(None)):
         return "null"
     return NAMES.get(origin, "a mapping of settings")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _shown(value: Any) -> str:
@@ -185,8 +196,52 @@ def name_of(_root_: DictConfig) -> str:
         digest = hashlib.sha256(settings(_root_).encode()).hexdigest()[:8]
     except OmegaConfBaseException:  # a setting is missing: `build` will say which
         digest = "incomplete"
-    choices = _root_.hydra.runtime.choices
-    return f"{choices.model}-{choices.editor}-{digest}"
+    choices, path = _root_.hydra.runtime.choices, str(_root_.model.get("path"))
+    model = re.sub(r"[^\w.-]+", "-", Path(path).name) if choices.model == OWN else choices.model
+    return f"{model}-{choices.editor}-{digest}"
+
+
+OWN = "own"  # the option of the group `model` that any path goes with
+
+
+def check_model(path: str, chosen: str) -> None:
+    """Refuse the settings of a built-in model for another one.
+
+    Raises:
+        UserError: a path is given with them.
+    """
+    built_in = chosen != OWN and "/" not in OmegaConf.load(CONF / "model" / f"{chosen}.yaml").path
+    if built_in and path != chosen:
+        raise UserError(
+            f"model={chosen} with model.path={path}: layer, reply length and rates are those of {chosen}; give model={OWN} "
+            "(or model.path alone), and the layer by model.layer=..."
+        )
+
+
+def layer_of(path: str) -> int:
+    """The layer of a model that an editor changes unless told otherwise: one that fires, else at the QF paper's depth (23 of 28)."""
+    fires = getattr(config := _model_config(path), "firing_layers", None)
+    return int(fires[0]) if fires else round(23 / 28 * config.num_hidden_layers)
+
+
+def layers_of(path: str) -> str:
+    """Six layers of a model, evenly from the first to the last, as a sweep takes them."""
+    last = _model_config(path).num_hidden_layers - 1
+    return ",".join(dict.fromkeys(str(round(i * last / 5)) for i in range(6)))
+
+
+def _model_config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    import qfbench.qft.layer  # noqa: F401 (which makes models that fire known)
+    from qfbench.lm import find
+
+    try:
+        return AutoConfig.from_pretrained(find(path), trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"model.path={path}: its configuration cannot be read ({_first_line(error)})") from error
 
 
 OmegaConf.register_new_resolver("run_name", name_of, replace=True)
+OmegaConf.register_new_resolver("layer_of", layer_of, replace=True)
+OmegaConf.register_new_resolver("layers_of", layers_of, replace=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from qfbench.errors import UserError
+from qfbench.ledger import Ledger
 
 Rows = list[dict[str, Any]]
+
+
+PROGRESS: dict[str, Any] = {"rows": 0, "tasks": [], "ended": [], "finished": False}
 
 
 class ParquetStore:
@@ -23,16 +28,21 @@ class ParquetStore:
 
     `commit` says, in `progress.json`, up to which row the run need not be repeated. A run that is started again in the same
     folder begins with those rows (`earlier`); what stands behind them is measured again, unless a task recovers it.
+    `ended` names the sequences that came to their end.
     """
 
     def __init__(self, folder: Path, seconds: float = 30, mirror: Callable[[Rows], None] = lambda rows: None) -> None:
-        """`seconds` is how long to wait between two commits; `mirror` is shown the rows that each adds, once they are on disk."""
-        self.path, self.seconds = folder / "rows.parquet", seconds
-        self.journal = folder / "progress.json"
-        progress = _progress(folder)
+        """`seconds` is how long to wait between two commits; `mirror` is shown the rows that each adds, once they are on disk.
+
+        The folder's files are taken to be sound: `folder.check_folder` sees to that.
+        """
+        self.ledger, self.seconds = Ledger(folder), seconds
+        progress = read_progress(folder)
         self.tasks: list[str] = progress["tasks"]
+        self.ended: list[str] = progress["ended"]
         self.finished: bool = progress["finished"]
-        stored = pd.read_parquet(self.path) if self.path.exists() else pd.DataFrame()
+        path = folder / "rows.parquet"
+        stored = pd.read_parquet(path) if path.exists() else pd.DataFrame()
         self.earlier, self._behind = stored[: progress["rows"]], stored[progress["rows"] :]
         self._rows: Rows = self.earlier.to_dict("records")
         self._last, self._cost = time.monotonic(), 0.0
@@ -44,6 +54,11 @@ class ParquetStore:
     def recover(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Take over rows behind the last commit from a task that keeps count of its own."""
         self._rows += [row for row in self._behind.to_dict("records") if wanted(row)]
+
+    def forget(self, unwanted: Collection[int]) -> None:
+        """Leave out rows of `earlier`, by their places there: they are to be measured again."""
+        self.earlier = self.earlier.drop(list(unwanted)).reset_index(drop=True)
+        self._rows = [row for place, row in enumerate(self._rows) if place not in unwanted]
 
     def frame(self) -> pd.DataFrame:
         return pd.DataFrame(self._rows)
@@ -60,8 +75,8 @@ class ParquetStore:
         start = time.monotonic()
         self.tasks += [task] if task is not None else []
         self.finished = finished
-        progress = {"rows": len(self._rows), "tasks": self.tasks, "finished": finished}
-        written = self.flush() and write_json(self.journal, progress)
+        progress = {"rows": len(self._rows), "tasks": self.tasks, "ended": self.ended, "finished": finished}
+        written = self.flush() and self.ledger.write_json("progress.json", progress)
         self._last = time.monotonic()
         self._cost = self._last - start
         return written
@@ -70,7 +85,7 @@ class ParquetStore:
         """Write all rows; whether that could be done."""
         if not self._rows:
             return True
-        if not _written(self.path, lambda part: self.frame().to_parquet(part, index=False)):
+        if not self.ledger.write("rows.parquet", lambda part: self.frame().to_parquet(part, index=False)):
             return False
         new, self._mirrored = self._rows[self._mirrored :], len(self._rows)
         self._mirror(new)
@@ -83,34 +98,22 @@ class ParquetStore:
         return path
 
 
-def _written(path: Path, write: Callable[[Path], object]) -> bool:
-    part = path.with_suffix(".part")
-    try:
-        write(part)
-        part.replace(path)
-    except OSError:
-        return False
-    return True
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What `commit` wrote; nothing where it never did. The rows are written first, so they are there.
 
-
-def write_json(path: Path, values: Mapping[str, Any]) -> bool:
-    return write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> bool:
-    """Write whole and atomically; whether that could be done."""
-    return _written(path, lambda part: part.write_text(text))
-
-
-def _progress(folder: Path) -> dict[str, Any]:
-    """What `commit` wrote; nothing where it never did. The rows are written first, so they are there."""
+    Raises:
+        UserError: it is something else.
+    """
     path = folder / "progress.json"
     if not path.exists():
-        return {"rows": 0, "tasks": [], "finished": False}
+        return copy.deepcopy(PROGRESS)
     try:
-        progress: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        progress = copy.deepcopy(PROGRESS) | json.loads(path.read_text())
+        wrong = [name for name, value in PROGRESS.items() if type(progress[name]) is not type(value)]
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); rerun=true measures all anew") from error
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} is {progress[wrong[0]]!r}; rerun=true measures all anew")
     return progress
 
 
@@ -121,12 +124,14 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{folder}: another process is working on this run; let it finish, or stop it") from error
+    except (OSError, NotImplementedError) as error:  # a folder that is read-only, a file, or where nothing can be locked
+        raise UserError(f"{folder}: a run cannot be kept there ({error}); give another hydra.run.dir") from error
     try:
         yield
     finally:

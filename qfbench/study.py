@@ -12,8 +12,9 @@ import pandas as pd
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 
 from qfbench import plots, results
 from qfbench.metrics import at_steps, balance_at_the_end, by_kind
@@ -40,7 +41,7 @@ class Study:
         console.print(laid_out(table, f"{name} (± 95%)", [*HIDDEN, *constant]))
         if self.verdict:
             console.print(self.verdict, markup=False, soft_wrap=True)
-        console.print(f"study: [bold]{folder}[/bold]", soft_wrap=True)
+        console.print(f"study: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
 
 
 def layer_ablation(rows: pd.DataFrame) -> Study:
@@ -129,12 +130,11 @@ class AtTheEnd(Callback):
             other = sorted(one for one in base if not one.startswith("experiment="))
             self.study(results.retention(*runs)).save(folder / "_".join(["study", *map(_plain, other)]), out)
         else:
-            out.print(f"no study: no run in {folder} has the settings of this sweep")
+            out.print(f"no study: no run in {folder} has the settings of this sweep", markup=False, soft_wrap=True)
 
 
 def _overrides(folder: Path) -> list[str]:
-    path = folder / ".hydra" / "overrides.yaml"
-    return list(OmegaConf.load(path)) if path.exists() else []
+    return list(results.provenance(folder).get("overrides", []))
 
 
 def _others(overrides: list[str], swept: set[str]) -> set[str]:

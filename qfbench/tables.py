@@ -53,10 +53,10 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
     """
     beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
     shown = [column for column in frame if column not in {*hidden, *beside}]
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for column in shown:
         header = HEADERS.get(column, str(column).replace("_", " ").replace(".", ".\n"))
-        table.add_column(header, justify="right" if frame[column].dtype.kind in "fi" else "left")
+        table.add_column(escape(header), justify="right" if frame[column].dtype.kind in "fi" else "left")
     for line in frame.to_dict("records"):
         table.add_row(*(_cell(column, line) for column in shown))
     return table

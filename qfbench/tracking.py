@@ -88,11 +88,11 @@ class Mirror:
             return
         try:
             show(self.tracker)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name, why = type(self.tracker).__name__, f"{type(error).__name__}: {error}".splitlines()[0]
             text = f"{name} failed ({what}: {why}); the run goes on without it, and its folder has everything"
             self.console.print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
-            with suppress(Exception):
+            with suppress(Exception, SystemExit):
                 self.tracker.close(False)
             self.tracker = None
 

@@ -73,15 +73,27 @@ def test_fewer_probes_or_another_order_of_them_are_measured_anew(ask):
     assert [ask(probes=probes)[1] for probes in (PROBES, PROBES[:1], PROBES[::-1], [])] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("content", [b"", b'[{"reply": "Q', b"\xff\xfe"])
-def test_a_broken_file_is_measured_anew_and_mended(ask, tmp_path, content):
+def test_a_damaged_file_is_named_measured_anew_and_mended(ask, tmp_path, caplog):
     ask()
     (path,) = (tmp_path / "kept").iterdir()
-    path.write_bytes(content)
-    found, calls = ask()
-    assert (found, calls) == (ROWS, 2)
-    assert ask()[1] == 2
+    whole = path.read_bytes()
+    assert ask()[1] == 1
+    broken = [b"", b"{}", b"[]", b"null", b'[{"reply": "Q', b"\xff\xfe", whole[:-1], whole + b" "]
+    broken += [bytes([*whole[:at], whole[at] ^ 1, *whole[at + 1 :]]) for at in range(len(whole))]  # any one bit
+    for n, content in enumerate(broken, start=2):
+        path.write_bytes(content)
+        found, calls = ask()
+        assert (found, calls) == (ROWS, n), content
+        assert path.read_bytes() == whole
+        assert f"{path} is damaged" in caplog.messages[-1]
     assert list((tmp_path / "kept").iterdir()) == [path]  # and nothing else is left there
+
+
+def test_the_rows_of_another_question_are_not_taken_for_ones_own(ask, tmp_path):
+    ask(), ask(probes=PROBES[:1], rows=[{"reply": "other"}])
+    first, second = sorted((tmp_path / "kept").iterdir(), key=lambda path: len(path.read_bytes()))
+    second.write_bytes(first.read_bytes())
+    assert ask() == (ROWS, 3)
 
 
 def test_without_a_folder_nothing_is_kept(ask, tmp_path):

@@ -176,7 +176,7 @@ def test_a_save_that_breaks_off_leaves_the_last_checkpoint_whole(path, monkeypat
 
     run.steps(2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", broken)
+        patch.setattr(checkpoint.sealed, "save_file", broken)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(path, run.parameters, run.opts, 3, "r")
     assert path.read_bytes() == before

@@ -25,6 +25,7 @@ import qfbench.run
 from qfbench import UserError, store
 from qfbench.context import Run
 from qfbench.delta import WeightDelta
+from qfbench.ledger import Ledger
 from qfbench.run import execute
 
 NAME = Path("outputs") / "run"  # run_id holds the names of the folder and of its parent
@@ -203,7 +204,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_rows(tmp_path, 
     start(plain, whole)
     draw, lives, ended = random.Random(1), 0, False
     while not ended:
-        left, lives = draw.randrange(6, 40), lives + 1
+        left, lives = draw.randrange(12, 80), lives + 1
 
         def write(path, torn):
             nonlocal left
@@ -300,14 +301,14 @@ def killed_once(run):
 def test_a_run_whose_end_could_not_be_noted_loses_no_rows(tmp_path, plain, quick, monkeypatch):
     whole, folder = tmp_path / "whole" / NAME, tmp_path / "full" / NAME
     start(plain, whole)
-    real, calls = store._written, []
+    real, calls = Ledger.write, []
 
-    def full(path, write):
-        calls.append(path.name)
-        return not (path.name == "progress.json" and calls.count("progress.json") > 3) and real(path, write)
+    def full(self, name, write):
+        calls.append(name)
+        return not (name == "progress.json" and calls.count("progress.json") > 3) and real(self, name, write)
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "_written", full)
+        patched.setattr(Ledger, "write", full)
         with pytest.raises(UserError, match="cannot be written to"):
             start(plain, folder)
     start(plain, folder)

@@ -64,7 +64,9 @@ def test_a_shipped_copy_has_the_same_tables(stored, tmp_path):
 
 def test_a_shipped_copy_keeps_every_row_and_leaves_out_what_no_measure_uses(stored, tmp_path):
     results.ship(tmp_path / "runs", stored)
-    assert {p.name for p in (tmp_path / "runs").rglob("*.*")} == {"config.yaml", "provenance.json", "rows.parquet"}
+    assert {p.name for p in (tmp_path / "runs").rglob("*.*")} == {
+        *("config.yaml", "provenance.json", "rows.parquet", "checksums.json")
+    }
     ours, theirs = results.load(stored), results.load(tmp_path / "runs")
     left_out = ["run", "reply", "nll"]
     assert_frame_equal(ours.drop(columns=left_out), theirs.drop(columns=left_out))

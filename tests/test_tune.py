@@ -24,11 +24,12 @@ from test_kill import quick, settings, start, tabled  # noqa: F401 (fixtures)
 
 import qfbench.commands.run
 import qfbench.run
-from qfbench import UserError
-from qfbench.settings import name_of
+from qfbench import Unsupported, UserError
+
 from qfbench.metrics import balance_at_the_end
 from qfbench.regimes import joint, sequential, single
 from qfbench.results import load
+from qfbench.settings import name_of
 from qfbench.study import trials
 
 EDITORS = sorted(path.stem for path in (CONF / "search" / "tune").glob("*.yaml"))
@@ -87,8 +88,9 @@ def test_a_trial_is_worth_what_stays_of_taught_and_of_prior_knowledge(tmp_path, 
 
 def value_of(cfg, folder, monkeypatch):
     """What one job of a multirun returns."""
-    job = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder), choices={"experiment": "tune"}))
+    job = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder), choices={"experiment": "tune", "model": "own"}))
     job.mode, job.sweep = RunMode.MULTIRUN, SimpleNamespace(dir=str(folder.parent))
+    job.overrides = SimpleNamespace(task=["editor.layer=9"])
     monkeypatch.setattr(HydraConfig, "get", lambda: job)
     OmegaConf.set_struct(cfg, False)
     return qfbench.commands.run._hydra_main(OmegaConf.merge(cfg, {"objective": OBJECTIVE}))
@@ -121,7 +123,11 @@ def test_the_trials_are_listed_best_first_with_the_overrides_of_the_best(tmp_pat
         OmegaConf.set_struct(cfg, False)
         del cfg.regime.single, cfg.regime.joint, cfg.regime.protected
         cfg.editor = OmegaConf.merge(cfg.editor, {"layer": layer, "broken": broken})
-        start(cfg, tmp_path / f"run{layer}")
+        if broken == "0":
+            with pytest.raises(Unsupported, match="retention measured nothing: no room for fact 0"):
+                start(cfg, tmp_path / f"run{layer}")
+        else:
+            start(cfg, tmp_path / f"run{layer}")
     study = trials(load(tmp_path))
     table = study.tables["trials"]
     assert list(table["editor.layer"]) == [1, 2]  # nothing was taught at 3

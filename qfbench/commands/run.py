@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qfbench.errors import UserError
-from qfbench.settings import CONF, build
+from qfbench.settings import CONF, build, check_model
 
 HELP = """\
 qfbench: write facts into a language model's weights by an editor; measure what the model learnt, forgot, and what broke.
@@ -50,15 +50,15 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     folder, swept = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     quiet()
     try:
+        check_model(cfg.model.path, job.runtime.choices["model"])
         from qfbench.results import retention
         from qfbench.run import execute
 
         execute(cfg, folder, brief=swept)
         return None if cfg.objective is None else float(build(cfg, "objective")(retention(folder)))
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+    except KeyboardInterrupt as stop:
         print(f"qfbench: stopped; the same command goes on from what is in {os.path.relpath(folder)}", file=sys.stderr)
-        sys.exit(code)
+        sys.exit(_code(stop))
     except FloatingPointError as error:
         if swept and cfg.objective is not None:
             print(f"qfbench: {error}; this trial counts 0", file=sys.stderr)
@@ -123,8 +123,23 @@ def _item(name: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(f"  {name:24} {text}", max(width, 60), subsequent_indent=" " * 27)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which Slurm sends before a job's time is up."""
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    raise Terminated
+
+
+def _code(stop: KeyboardInterrupt) -> int:
+    """The exit status of a process that a signal ended, as shells count it."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+def with_own_settings(arguments: list[str]) -> list[str]:
+    """A command line on which a path alone says which model: then none of the settings of another model is meant."""
+    path = any(one.startswith("model.path=") for one in arguments)
+    return ["model=own"] * (path and not any(one.startswith("model=") for one in arguments)) + arguments
 
 
 def main() -> None:
@@ -135,13 +150,14 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
-    signal.signal(signal.SIGTERM, _terminate)  # Slurm sends it before a job's time is up
+    sys.argv[1:] = with_own_settings(sys.argv[1:])
+    signal.signal(signal.SIGTERM, _terminate)
     traced = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are
     try:
         _hydra_main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(_code(stop))
     except JobFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
