@@ -216,7 +216,12 @@ class Run:
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
         """A progress bar; call what it gives after each unit of work, with what is being done."""
-        columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:32}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=total)
             yield lambda text: bar.update(task, advance=1, description=text)

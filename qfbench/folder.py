@@ -110,7 +110,9 @@ def show(folder: Path, console: Console, brief: bool) -> None:
     ledger = Ledger(folder)
     for path in [] if brief else sorted(folder.glob("*.csv")):
         if ledger.damaged(path.name):
-            console.print(f"[yellow]{escape(path.name)} is not as the run wrote it; qfbench-results makes it of the rows[/yellow]")
+            console.print(
+                f"[yellow]{escape(path.name)} is not as the run wrote it; qfbench-results makes it of the rows[/yellow]"
+            )
         else:
             console.print(laid_out(pd.read_csv(path), path.stem, HIDDEN))
     where = os.path.relpath(folder)

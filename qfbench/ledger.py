@@ -25,12 +25,11 @@ class Ledger:
         self._known: dict[str, list[str]] = {}
         self._readable = True
         try:
-            known = json.loads((folder / FILE).read_text())
-            self._known = {name: [str(one) for one in sums] for name, sums in known.items()}
+            checksum, _, text = (folder / FILE).read_text(encoding="utf-8", errors="replace").partition("\n")
+            self._readable = checksum == hashlib.sha256(text.encode()).hexdigest()
+            self._known = json.loads(text) if self._readable else {}
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, AttributeError, TypeError):
-            self._readable = False
         for name in self._known:
             now = _sum(folder / name)
             self._known[name] = [now] if now in self._known[name] else [""]
@@ -62,7 +61,8 @@ class Ledger:
 
     def _note(self, known: Mapping[str, list[str]]) -> None:
         part = self.folder / "checksums.part"
-        part.write_text(json.dumps(known, indent=1) + "\n")
+        text = json.dumps(known, indent=1) + "\n"
+        part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
         part.replace(self.folder / FILE)
         self._known = dict(known)
 

@@ -212,7 +212,11 @@ class LanguageModel:
         ended = [False] * len(prompts)
         for _ in range(self.max_new_tokens):
             logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{self.cache_argument: cache}
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                logits_to_keep=1,
+                **{self.cache_argument: cache},
             ).logits
             chosen = self._finite(logits)[:, -1].argmax(-1)
             for row, token in enumerate(chosen.tolist()):

@@ -51,7 +51,9 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         editor.site.block(lm.model)  # an unknown layer is found before anything is computed
         if OmegaConf.is_interpolation(cfg.model, "layer") and editor.site.layer == cfg.model.layer:
             depth = len(sites.layers(lm.model))
-            console.print(f"layer {editor.site.layer} of {depth}, since none was given; editor.layer=... chooses another")
+            console.print(
+                f"layer {editor.site.layer} of {depth}, since none was given; editor.layer=... chooses another"
+            )
         how = protocol(lm)
         known = provenance(cfg.seed, how, facts)
         check_same(folder, known)

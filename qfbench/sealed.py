@@ -21,7 +21,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str])
     """Write tensors with `metadata` whole and atomically, whatever stood there before."""
     held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     part = path.with_suffix(".part")
-    save_file(held, part, {SEAL: json.dumps([_digest(held, metadata), dict(metadata)])})
+    save_file(held, part, {SEAL: json.dumps([_digest(held, metadata), dict(metadata)], sort_keys=True)})
     part.replace(path)
 
 

@@ -86,9 +86,7 @@ def _resolved(cfg: DictConfig) -> Any:
             raise UserError(f"{missing[0]} is needed: give {missing[0]}=...")
         return OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise UserError(_first_line(error)) from error
+        raise UserError(_first_line(error).removeprefix("UserError raised while resolving interpolation: ")) from error
 
 
 def _check_targets(value: Any, where: str) -> None:

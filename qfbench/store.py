@@ -130,7 +130,10 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{folder}: another process is working on this run; let it finish, or stop it") from error
-    except (OSError, NotImplementedError) as error:  # a folder that is read-only, a file, or where nothing can be locked
+    except (
+        OSError,
+        NotImplementedError,
+    ) as error:  # a folder that is read-only, a file, or where nothing can be locked
         raise UserError(f"{folder}: a run cannot be kept there ({error}); give another hydra.run.dir") from error
     try:
         yield

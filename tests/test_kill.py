@@ -225,6 +225,21 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_rows(tmp_path, 
     assert kept(folder) == kept(whole)
 
 
+def killed_at_row(cfg, folder, monkeypatch, which):
+    """A run that was killed as it logged the first row that is so; what it had committed is on the disk, and rows behind it."""
+    real = store.ParquetStore.log
+
+    def log(self, row):
+        if which(row):
+            raise Killed
+        real(self, row)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.ParquetStore, "log", log)
+        with pytest.raises(Killed):
+            start(cfg, folder)
+
+
 @pytest.mark.parametrize("condition", ["edited", "placebo"])
 def test_a_run_that_is_killed_at_a_row_ends_with_the_same_rows(tmp_path, plain, quick, monkeypatch, condition):
     """`execute` itself sees to the rows that were logged before an exception: here they are on the disk, uncommitted."""
@@ -233,17 +248,8 @@ def test_a_run_that_is_killed_at_a_row_ends_with_the_same_rows(tmp_path, plain, 
     at = [n for n, row in enumerate(rows.condition) if row == condition]
     for n in random.Random(2).sample(at, 2):
         shutil.rmtree(folder, ignore_errors=True)
-        real = store.ParquetStore.log
-
-        def log(self, row, n=n, real=real):
-            if len(self._rows) == n:
-                raise Killed
-            real(self, row)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(store.ParquetStore, "log", log)
-            with pytest.raises(Killed):
-                start(plain, folder)
+        left = iter(range(n + 1))
+        killed_at_row(plain, folder, monkeypatch, lambda row, left=left, n=n: next(left) == n)
         assert len(pd.read_parquet(folder / "rows.parquet")) == n
         start(plain, folder)
         assert kept(folder) == kept(whole)

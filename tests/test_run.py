@@ -251,7 +251,15 @@ def test_the_papers_own_experiment_runs_on_a_folder_with_qwens_tokenizer(shared,
 
 @pytest.mark.slow
 def test_a_sweep_keeps_each_job_in_a_folder_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "qfbench.commands.run", "-m", "experiment=retention", "model=world-xs", "facts.n=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "qfbench.commands.run",
+        "-m",
+        "experiment=retention",
+        "model=world-xs",
+        "facts.n=1",
+    ]
     done = subprocess.run([*command, "editor.layer=1,2"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     frames = [pd.read_parquet(path) for path in sorted(tmp_path.glob("outputs/retention/world-xs-qf-*/rows.parquet"))]

@@ -88,7 +88,9 @@ def test_a_trial_is_worth_what_stays_of_taught_and_of_prior_knowledge(tmp_path, 
 
 def value_of(cfg, folder, monkeypatch):
     """What one job of a multirun returns."""
-    job = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder), choices={"experiment": "tune", "model": "own"}))
+    job = SimpleNamespace(
+        runtime=SimpleNamespace(output_dir=str(folder), choices={"experiment": "tune", "model": "own"})
+    )
     job.mode, job.sweep = RunMode.MULTIRUN, SimpleNamespace(dir=str(folder.parent))
     job.overrides = SimpleNamespace(task=["editor.layer=9"])
     monkeypatch.setattr(HydraConfig, "get", lambda: job)
@@ -111,9 +113,7 @@ def test_a_trial_that_diverges_counts_0_and_one_that_cannot_be_run_ends_the_sear
 
     assert fail(FloatingPointError("sequential, after 2 edits: NaN")) == 0.0
     assert capsys.readouterr().err == "qfbench: sequential, after 2 edits: NaN; this trial counts 0\n"
-    with pytest.raises(
-        CompactHydraException, match="editor.layer=9$"
-    ):  # which Hydra prints without a traceback
+    with pytest.raises(CompactHydraException, match="editor.layer=9$"):  # which Hydra prints without a traceback
         fail(UserError("editor.layer=9"))
 
 

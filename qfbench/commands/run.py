@@ -48,9 +48,9 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     """One run; for a search its value, also of a run that was finished before."""
     job = HydraConfig.get()
     folder, swept = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
-    quiet()
     try:
         check_model(cfg.model.path, job.runtime.choices["model"])
+        quiet()
         from qfbench.results import retention
         from qfbench.run import execute
 
@@ -164,7 +164,8 @@ def main() -> None:
     except Exception as error:
         if traced:
             raise
-        print(f"qfbench: {str(error).strip()}", file=sys.stderr)  # of Hydra: the settings cannot be composed, the folder not made
+        # Of Hydra: the settings cannot be composed, or the folder not made.
+        print(f"qfbench: {' '.join(str(error).split('Config search path:')[0].split())}", file=sys.stderr)
         sys.exit(2)
 
 
