@@ -109,7 +109,7 @@ def _found(target: str, where: str) -> Any:
 
 
 def _check_fields(values: Mapping[str, Any], target: Any, lead: str) -> None:
-    function = target if is_dataclass(target) or not isinstance(target, type) else target.__init__
+    function = getattr(target, "__init__") if isinstance(target, type) and not is_dataclass(target) else target  # noqa: B009
     try:
         hints = typing.get_type_hints(function)
     except (TypeError, NameError):  # no annotations to be had
@@ -135,9 +135,8 @@ def conforms(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(conforms(one, arguments[0]) for one in value if arguments)
     if origin in (dict, collections.abc.Mapping):
         return isinstance(value, dict) and all(conforms(one, arguments[1]) for one in value.values() if arguments)
-    if isinstance(origin, type) and origin not in (Any, object, collections.abc.Callable):
-        return False  # an object, which a configuration can only build
-    return True
+    # A class that is none of these is that of an object, which a configuration can only build.
+    return not isinstance(origin, type) or origin in (Any, object, collections.abc.Callable)
 
 
 SCALARS = {int: int, bool: bool, str: str, Path: str, None: type(None), type(None): type(None)}

@@ -98,7 +98,7 @@ def test_a_sequence_whose_state_is_damaged_or_gone_is_measured_again(plain, whol
         state.unlink()
     else:
         state.write_bytes(SPOILT[how](state.read_bytes()))
-    done, text = said(plain, broken_off)
+    text = said(plain, broken_off)[1]
     assert f"{state}: " in text
     assert "sequential is measured again" in text
     assert kept(broken_off) == kept(whole)

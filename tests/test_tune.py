@@ -25,7 +25,6 @@ from test_kill import quick, settings, start, tabled  # noqa: F401 (fixtures)
 import qfbench.commands.run
 import qfbench.run
 from qfbench import Unsupported, UserError
-
 from qfbench.metrics import balance_at_the_end
 from qfbench.regimes import joint, sequential, single
 from qfbench.results import load
