@@ -39,10 +39,10 @@ def matrices(rows: pd.DataFrame, protocol: str = "generated") -> dict[tuple[str,
     edited = accumulating(rows[(rows.condition == "edited") & (rows.kind == "edit")])
     edited = edited.assign(order=edited.order.fillna(0).astype(int) if "order" in edited else 0)
     out = {}
-    for key, own in edited.groupby(SEQUENCE, sort=False):
+    for (model, editor, regime, order), own in edited.groupby(SEQUENCE, sort=False):
         taught = own[own.fresh.astype(bool)].sort_values("step").fact_id
         values = own.assign(value=own[protocol].astype(float)).pivot(index="step", columns="fact_id", values="value")
-        out[key] = values[list(taught)]
+        out[model, editor, regime, int(order)] = values[list(taught)]
     return out
 
 

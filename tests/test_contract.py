@@ -123,7 +123,7 @@ def test_a_suite_is_a_list_of_distinct_facts(name, tmp_path):
 
 @pytest.mark.parametrize("name", options("model"))
 def test_a_model_says_where_it_is_and_which_layer_to_edit(name):
-    model = composed(f"model={name}").model
+    model = composed(f"model={name}", *(["model.path=world-xs"] if name == "own" else [])).model
     assert model.path
     assert model.layer >= 0
     assert set(LOADED) <= set(model)
