@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from qfbench import plots, results
 from qfbench.cautions import cautions, edited
+from qfbench.commands import show_all
 from qfbench.errors import UserError
 from qfbench.legend import COLUMNS, LINES
 from qfbench.metrics import MEASURES, accumulating, compared
@@ -307,6 +308,7 @@ def main() -> None:
     parser.add_argument("folder", help="folder of a run, or one that holds several")
     parser.add_argument("--out", help="the file to write; FOLDER/report.html if not given")
     args = parser.parse_args()
+    show_all()
     out = Path(args.out or Path(args.folder) / "report.html").expanduser()
     try:
         text = page(args.folder)

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from rich.markup import escape
 from yaml import YAMLError
 
+from qfbench.commands import show_all
 from qfbench.errors import UserError
 from qfbench.ledger import MADE_OF, Ledger
 from qfbench.metrics import GENERAL, compared, summary
@@ -247,6 +248,7 @@ def main() -> None:
     )
     parser.add_argument("--ship", metavar="DIR", help="copy the runs into the new folder DIR, small enough for git")
     args = parser.parse_args()
+    show_all()
     out = console()
     try:
         if args.ship:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from qfbench.commands import show_all
 from qfbench.errors import UserError
 from qfbench.settings import CONF, build, check_model
 
@@ -144,9 +144,7 @@ def with_own_settings(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of the command."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may know no more than ASCII
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    show_all()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
