@@ -192,8 +192,14 @@ class Run:
             self.console.print(f"figure: [bold]{escape(os.path.relpath(path))}.png[/bold]", soft_wrap=True)
 
     def save(self, delta: WeightDelta, name: str) -> None:
-        if not self.written(self.folder / "deltas" / f"{name}.safetensors", delta.save):
-            self.warn(f"the change of weights {name} could not be written (is the disk full?)")
+        """Keep a change of weights.
+
+        Raises:
+            UserError: it cannot be written, and would be lost if the run went on.
+        """
+        path = self.folder / "deltas" / f"{name}.safetensors"
+        if not self.written(path, delta.save):
+            raise UserError(f"{path} cannot be written (is the disk full?); start again once there is room")
         lost = delta.rounding_loss(self.lm)
         if lost > 1e-3:
             self.warn(f"{name}: written in {self.lm.dtype}, {lost:.1%} of the change is lost to rounding")

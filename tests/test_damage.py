@@ -186,6 +186,22 @@ def test_a_ledger_that_cannot_write_says_so_and_keeps_what_was_there(tmp_path):
     assert Ledger(tmp_path).damaged("a.txt") == []
 
 
+def test_a_change_of_weights_that_finds_no_room_is_written_when_there_is_some(tmp_path, plain, whole, monkeypatch):  # noqa: F811
+    folder, real = tmp_path / "full" / NAME, WeightDelta.save
+
+    def save(self, path, keys=False):
+        if "deltas" in Path(path).parts:
+            raise OSError(28, "No space left on device")
+        real(self, path, keys)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WeightDelta, "save", save)
+        with pytest.raises(UserError, match=r"deltas/.* cannot be written \(is the disk full\?\); start again once there is room"):
+            start(plain, folder)
+    start(plain, folder)
+    assert kept(folder) == kept(whole)
+
+
 def test_a_change_of_weights_with_any_one_bit_turned_is_refused(tmp_path):
     path, draw = tmp_path / "delta.safetensors", random.Random(0)
     delta = WeightDelta({"w": LowRank(torch.randn(3, 2), torch.randn(2, 4))}, keys=[torch.randn(2, 4)])

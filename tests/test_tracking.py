@@ -1,3 +1,4 @@
+import builtins
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ class Fake:
     def __init__(self, fails_at="", after=0, error="RuntimeError"):
         CALLS.clear()
         self.fails_at, self.left = fails_at, after
-        self.error = {"RuntimeError": RuntimeError, "KeyboardInterrupt": KeyboardInterrupt}[error]
+        self.error = getattr(builtins, error)
 
     def _note(self, method, *what):
         CALLS.append((method, *what))
@@ -159,6 +160,12 @@ def test_a_failure_is_said_once_and_the_run_is_the_same(tmp_path, untracked, met
     assert len(called(method)) == after + (2 if method == "close" else 1)
     assert called("close")[-1] == [False]
     assert CALLS[-1][0] == "close"  # nothing after it
+
+
+def test_a_tracker_that_would_end_the_process_fails_alone(tmp_path):
+    _, text = run(tmp_path, fails_at="log", error="SystemExit")
+    assert "Fake failed (log: SystemExit: no [bold]space[/bold] left)" in text
+    assert json.loads((tmp_path / "progress.json").read_text())["finished"]
 
 
 def test_an_interruption_is_no_failure(tmp_path):

@@ -163,7 +163,8 @@ def main() -> None:
         if traced:
             raise
         # Of Hydra: the settings cannot be composed, or the folder not made.
-        print(f"qfbench: {' '.join(str(error).split('Config search path:')[0].split())}", file=sys.stderr)
+        text = " ".join(str(error).split("Config search path:")[0].split())
+        print(f"qfbench: {text}" + "; give another hydra.run.dir" * isinstance(error, OSError), file=sys.stderr)
         sys.exit(2)
 
 
