@@ -33,7 +33,7 @@ from qfbench.store import ParquetStore, write_json
 from qfbench.tracking import Mirror
 
 # Of a model's settings, those that say how it is loaded.
-LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain")
+LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain", "template", "told")
 
 
 @dataclass
@@ -218,7 +218,7 @@ def load(model: Mapping[str, Any]) -> LanguageModel:
 
     The jobs of a sweep that run in one process share it: as many stay loaded as a run needs beside each other.
     """
-    how = {name: model[name] for name in LOADED}
+    how = {name: model[name] for name in LOADED if name in model}
     key = json.dumps([model["path"], how], default=str)
     if key not in _LOADED:
         while len(_LOADED) >= (1 if torch.cuda.is_available() else 2):

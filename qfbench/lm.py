@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from qfbench.dialogue import Rendering, chosen, dated, render, settled
 from qfbench.errors import UserError
 from qfbench.qft import difference
-from qfbench.qft.layer import withfiring_layers
+from qfbench.qft.layer import with_firing_layers
 from qfbench.weights import (
     check_device,
     first_line,
@@ -137,7 +137,7 @@ class LanguageModel:
             if base:
                 model = difference.apply(model, source)
             if firing is not None:
-                model = withfiring_layers(model, fires, firing["beta"])
+                model = with_firing_layers(model, fires, firing["beta"])
             model = (model if spread else model.to(device)).eval()
         except UserError as error:
             raise UserError(f"cannot load the model {source!r}: {error}") from error

@@ -53,7 +53,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         check_folder(cfg, folder, facts)
         store = ParquetStore(folder, cfg.commit_seconds, mirror.rows)
         lm = context.load(cfg.model)
-        editor.site.block(lm.model)  # an unknown layer is found before anything is computed
+        editor.check(lm)  # what cannot be edited is refused before anything is asked
         how = protocol(lm)
         known = provenance(cfg.seed, how, facts)
         check_same(folder, known)
