@@ -133,7 +133,6 @@ class LanguageModel:
             )
             told, system_turn = settled(tokenizer, told)
             model: Any = load_weights(whole, FLOATS[dtype], device if spread else None, fires)
-            refuse_offloaded(model, str(name))
             if base:
                 model = difference.apply(model, source)
             if firing is not None:

@@ -145,21 +145,21 @@ def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
     always = [(f, p) for f in run.facts for p in f.probes if p.always]
     by_own = iter(run.ask_unedited([replace(p, expected="", prefer=None) for _, p in always if p.own]))
     always = [(f, replace(p, expected=next(by_own)["reply"]) if p.own else p) for f, p in always]
-    passed, measured, about_itself = {}, [], []
+    passed, measured = {}, []
     for condition, asked in (("unedited", own + always), ("in_context", told)):
         rows = run.ask_unedited([p for _, p in asked])
         for (fact, _), row in zip(asked, rows, strict=True):
             measured.append(row | {"condition": condition, "step": 0, "fact_id": fact.id, "fact_kind": fact.kind})
         passed[condition] = [pair for pair, row in zip(asked, rows, strict=True) if row["generated"]]
         if condition == "unedited":
-            about_itself = rows[len(own) :]
+            itself = rows[len(own) :]
     if run.earlier(condition="unedited").empty:
         for row in measured:
             run.log(row)
         for row in run.general(unedited=True):
             run.log(row, condition="unedited", step=0)
         run.commit()
-    again = repeated(run, always, about_itself)
+    again = repeated(run, [p for _, p in always], itself)
     understood = {f.id for f, p in passed["in_context"] if p.kind == "edit"}
     facts = [f for f in run.facts if f.id in understood or all_of_them]
     if len(understood) < len(run.facts):
@@ -168,22 +168,21 @@ def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
     if not facts:
         run.table(summary(run.rows()), f"{len(run.facts)} facts: {run.lm.name}", hidden=["model", "editor", *HIDDEN])
         raise UserError(f"{run.lm.name} answers none of the facts even when told them: there is nothing to teach")
-    return facts, [(f, p) for f, p in passed["unedited"] if p.always and (f, p) in again]
+    return facts, [pair for pair, row, twice in zip(always, itself, again, strict=True) if row["generated"] and twice]
 
 
-def repeated(run: Run, always: Asked, before: Sequence[Row]) -> Asked:
-    """Of the probes about the model itself, those that it passes in other batches as well; `before` are its replies so far.
+def repeated(run: Run, probes: Sequence[Probe], before: Sequence[Row]) -> list[bool]:
+    """Of each probe about the model itself, whether it passes in other batches as well; `before` are its replies so far.
 
     In two bytes a number, what else stands in the batch decides a reply here and there. Where it decides whether a probe passes,
     the probe measures no edit, and would count against each; the share of replies that stay the same is kept in the provenance.
     """
-    if run.lm.dtype.itemsize > 2 or run.lm.batch_size == 1 or not always:
-        return always
-    other, probes = replace(run.lm, batch_size=run.lm.batch_size // 2), [p for _, p in always]
+    if run.lm.dtype.itemsize > 2 or run.lm.batch_size == 1 or not probes:
+        return [True] * len(probes)
+    other = replace(run.lm, batch_size=run.lm.batch_size // 2)
     protocol = dict(run.protocol) | {"batch_size": other.batch_size}
     rows = remembered(run.cache, protocol, probes, lambda: ask(other, probes))
     share = sum(a["reply"] == b["reply"] for a, b in zip(before, rows, strict=True)) / len(rows)
-    passed = [pair for pair, row in zip(always, rows, strict=True) if row["generated"]]
     lost = sum(a["generated"] and not b["generated"] for a, b in zip(before, rows, strict=True))
     run.warn(
         f"{run.lm.name} in {str(run.lm.dtype).removeprefix('torch.')}, asked again in batches of {other.batch_size}: {share:.1%} "
@@ -192,7 +191,7 @@ def repeated(run: Run, always: Asked, before: Sequence[Row]) -> Asked:
     known = recorded(run.folder)
     known.setdefault("self_agreement", {})[run.lm.name] = share
     write_json(run.folder / "provenance.json", known)
-    return passed
+    return [row["generated"] for row in rows]
 
 
 def teach(

@@ -47,7 +47,8 @@ def load_weights(source: str, dtype: torch.dtype, device_map: str | None, fires:
             ignore_mismatched_sizes=True,  # they are refused here, by name
             output_loading_info=True,
         )
-        model, found = loaded
+    model, found = loaded
+    refuse_offloaded(model, source)
     fires = [*fires, *(getattr(model.config, "firing_layers", None) or ())]
     unused = re.compile(rf"(^|\.)layers\.({'|'.join(map(str, fires))})\.mlp\.gate_proj\.")
     missing = set(found["missing_keys"])
