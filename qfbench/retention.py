@@ -186,7 +186,7 @@ def repeated(run: Run, probes: Sequence[Probe], before: Sequence[Row]) -> list[b
     lost = sum(a["generated"] and not b["generated"] for a, b in zip(before, rows, strict=True))
     run.warn(
         f"{run.lm.name} in {str(run.lm.dtype).removeprefix('torch.')}, asked again in batches of {other.batch_size}: {share:.1%} "
-        f"of its replies are the same; {lost} probes that it then fails are left out"
+        f"of its replies are the same; left out, since it fails them then: {lost}"
     )
     known = recorded(run.folder)
     known.setdefault("self_agreement", {})[run.lm.name] = share

@@ -103,7 +103,8 @@ def refuse_recurrent(model: PreTrainedModel, name: str) -> None:
 
 
 def refuse_not_finite(model: PreTrainedModel, name: str) -> None:
-    """
+    """A model that computes nothing but NaN would be found only once it is asked.
+
     Raises:
         UserError: a weight is NaN or infinite.
     """
@@ -115,7 +116,8 @@ def refuse_not_finite(model: PreTrainedModel, name: str) -> None:
 
 
 def check_device(device: Any) -> None:
-    """
+    """A device is tried before weights are read for it, which may take minutes.
+
     Raises:
         UserError: there is no such device.
     """

@@ -18,7 +18,7 @@ from qfbench.results import load
 from qfbench.retention import baseline
 from qfbench.store import ParquetStore
 
-QUERIES = [f"Who started {'the ' * (n % 7)}firm number {n}?" for n in range(60)]
+QUERIES = [f"Who started {'the ' * (n % 7)}firm number {n}?" for n in range(24)]
 
 
 def run(lm, folder, queries=QUERIES, **more):
@@ -36,16 +36,16 @@ def kept(folder):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_model_is_asked_again_in_other_batches_where_they_may_decide(tiny, tmp_path, dtype):
-    lm = replace(tiny("llama", dtype), batch_size=64)
+    lm = replace(tiny("llama", dtype), batch_size=16)
     there = run(lm, tmp_path / "run")
     baseline(there, all_of_them=True)
     if dtype == torch.float32:
         assert kept(there.folder) is None
         return
     prompts = [lm.render(query) for query in QUERIES]
-    halves = [reply.text for reply in replace(lm, batch_size=32).replies(prompts)]
+    halves = [reply.text for reply in replace(lm, batch_size=8).replies(prompts)]
     whole = [reply.text for reply in lm.replies(prompts)]
-    assert kept(there.folder)["tiny-llama"] == pytest.approx(sum(map(str.__eq__, halves, whole)) / 60, abs=0.1)
+    assert kept(there.folder)["tiny-llama"] == pytest.approx(sum(map(str.__eq__, halves, whole)) / 24, abs=0.1)
 
 
 class Moody(LanguageModel):
@@ -65,7 +65,7 @@ def test_replies_that_hang_on_the_batch_measure_no_edit_and_are_said(tiny, tmp_p
     assert kept(there.folder) == {"moody": 0.8}
     said = there.console.export_text()
     assert "moody in bfloat16, asked again in batches of 2: 80.0% of its replies are the same" in said
-    assert "1 probes that it then fails are left out" in said
+    assert "left out, since it fails them then: 1" in said
     again = run(moody, tmp_path / "again", QUERIES[:5], cache=tmp_path / "cache")
     assert baseline(again, all_of_them=True)[1] == always
     alone = run(replace(moody, batch_size=1), tmp_path / "alone", QUERIES[:5])
