@@ -22,6 +22,7 @@ from qfbench.weights import (
     check_device,
     first_line,
     load_weights,
+    quiet,
     refuse_not_finite,
     refuse_offloaded,
     refuse_recurrent,
@@ -121,29 +122,32 @@ class LanguageModel:
                 f"model.template={template}: with model.plain=true there is no chat template; leave one of them out"
             )
         try:
-            base = difference.base_of(source)
-            whole = find(base) if base else source
-            tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
-            if not tokenizer.is_fast:
-                raise UserError(
-                    f"{name}: its tokenizer has no tokenizer.json, by which tokens are found in a text; make one"
+            with quiet():
+                base = difference.base_of(source)
+                whole = find(base) if base else source
+                tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
+                if not tokenizer.is_fast:
+                    raise UserError(
+                        f"{name}: its tokenizer has no tokenizer.json, by which tokens are found in a text; make one"
+                    )
+                tokenizer.chat_template = (
+                    None if plain else dated(chosen(tokenizer.chat_template, template), datetime.now())
                 )
-            tokenizer.chat_template = (
-                None if plain else dated(chosen(tokenizer.chat_template, template), datetime.now())
-            )
-            told, system_turn = settled(tokenizer, told)
-            model: Any = load_weights(whole, FLOATS[dtype], device if spread else None, fires)
-            if base:
-                model = difference.apply(model, source)
-            if firing is not None:
-                model = with_firing_layers(model, fires, firing["beta"])
-            model = (model if spread else model.to(device)).eval()
+                told, system_turn = settled(tokenizer, told)
+                model: Any = load_weights(whole, FLOATS[dtype], device if spread else None, fires)
+                if base:
+                    model = difference.apply(model, source)
+                if firing is not None:
+                    model = with_firing_layers(model, fires, firing["beta"])
+                model = (model if spread else model.to(device)).eval()
         except UserError as error:
             raise UserError(f"cannot load the model {source!r}: {error}") from error
         except Exception as error:  # of transformers and what it reads with; files may be spoilt in any way
             what = f"cannot load the model {source!r} on {device}"
             if not Path(source).is_dir():
                 what += ", which is no folder here and was looked for on the hub"
+            if "trust_remote_code" in str(error):
+                what += ", since it wants code of its own to be run, which qfbench never does"
             raise UserError(f"{what}: {first_line(error)}") from error
         refuse_not_finite(model, str(name))
         return cls(

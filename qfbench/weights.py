@@ -37,16 +37,15 @@ def load_weights(source: str, dtype: torch.dtype, device_map: str | None, fires:
         )
     if (folder / "adapter_config.json").exists():
         raise UserError("it holds an adapter; merge it into the weights first (merge_and_unload of peft)")
-    with _quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map=device_map,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
-            output_loading_info=True,
-        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused here, by name
+        output_loading_info=True,
+    )
     model, found = loaded
     refuse_offloaded(model, source)
     fires = [*fires, *(getattr(model.config, "firing_layers", None) or ())]
@@ -142,8 +141,8 @@ def _listed(names: Collection[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of weights that do not fit: there is an error instead."""
+def quiet() -> Iterator[None]:
+    """Without transformers' own report of what does not fit: there is an error instead."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
