@@ -125,6 +125,8 @@ class LanguageModel:
             with quiet():
                 base = difference.base_of(source)
                 whole = find(base) if base else source
+                if Path(whole).is_dir() and not [*Path(whole).glob("tokenizer*"), *Path(whole).glob("vocab*")]:
+                    raise UserError("the folder has no tokenizer (tokenizer.json); copy the model's own into it")
                 tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
                 if not tokenizer.is_fast:
                     raise UserError(

@@ -131,7 +131,10 @@ def check_device(device: Any) -> None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """What an error of a library says, in one line; what kind it is, where it was not made for readers."""
+    text = str(error).strip().split("\n")[0]
+    made = isinstance(error, OSError | ValueError | RuntimeError | ImportError | AssertionError) and text
+    return text if made else f"a file of it is spoilt ({type(error).__name__}: {text})"
 
 
 def _listed(names: Collection[str]) -> str:
