@@ -26,6 +26,7 @@ def cautions(rows: pd.DataFrame, table: pd.DataFrame, known: Sequence[Provenance
         *_collapses(rows),
         *_placebos(rows, table),
         *_rounding(rows),
+        *_agreement(known),
         *_power(rows),
         *_not_alike(known),
     ]
@@ -150,6 +151,20 @@ def _rounding(rows: pd.DataFrame) -> list[str]:
                 f"{who(own.iloc[0].to_dict())}: rounding loses up to {own.rounding_loss.max():.1%} of the change."
             )
     return out
+
+
+def _agreement(known: Sequence[Provenance]) -> list[str]:
+    """Models that do not even agree with themselves, once the batches are others."""
+    shares: dict[str, float] = {}
+    for run in known:
+        for model, share in (run.get("self_agreement") or {}).items():
+            shares[model] = min(share, shares.get(model, 1.0))
+    return [
+        f"{model} itself, unedited, gives {share:.1%} of its replies again when the batches are others (its dtype rounds): so much "
+        "of any change of its replies may be the batches', not the edit's. Probes that it then failed are left out."
+        for model, share in shares.items()
+        if share < 1
+    ]
 
 
 def _power(rows: pd.DataFrame) -> list[str]:

@@ -27,14 +27,14 @@ from qfbench.errors import UserError
 from qfbench.facts import Fact, Probe
 from qfbench.folder import recorded
 from qfbench.lm import LanguageModel
-from qfbench.probes import Row, ask
+from qfbench.probes import Row, ask, check_lengths
 from qfbench.provenance import SAME, protocol
 from qfbench.regression import Suite
 from qfbench.store import ParquetStore
 from qfbench.tracking import Mirror
 
 # Of a model's settings, those that say how it is loaded.
-LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain")
+LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain", "template", "told")
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Run:
         Where both are called as this run's own are (another layer, say), `name` is added to the editor's.
         """
         lm = load(model)
+        check_lengths(lm, self.facts)
         there = replace(self, lm=lm, editor=editor, protocol=protocol(lm))
         if (there.lm.name, there.editor_name) == (self.lm.name, self.editor_name):
             there.label = f"{there.editor_name} {name}"
@@ -241,7 +242,7 @@ def load(model: Mapping[str, Any]) -> LanguageModel:
 
     The jobs of a sweep that run in one process share it: as many stay loaded as a run needs beside each other.
     """
-    how = {name: model[name] for name in LOADED}
+    how = {name: model[name] for name in LOADED if name in model}
     key = json.dumps([model["path"], how], default=str)
     if key not in _LOADED:
         while len(_LOADED) >= (1 if torch.cuda.is_available() else 2):

@@ -6,12 +6,17 @@ whole text is tokenised once and positions are found by character offsets: token
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from datetime import datetime
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qfbench.errors import UserError
+
+TOLD = ("auto", "system", "user")
+CLOCK, STOPPED = "{%- macro strftime_now(format) -%}{#- stopped by qfbench -#}", "{%- endmacro %}\n"
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,24 @@ class Rendering:
         return self.ids[self.answer : self.closer + 1]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, query: str, system: str = "", answer: str = "") -> Rendering:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    query: str,
+    system: str = "",
+    answer: str = "",
+    told: str = "system",
+    system_turn: bool = True,
+) -> Rendering:
     """Render one dialogue. An empty `answer` gives the prompt, ready for a reply.
 
+    Args:
+        told: where the `system` text stands: in a turn of its own (`system`), or before the query, in the user's (`user`).
+        system_turn: whether there is a system turn (under `user` an empty one); some templates take none.
+
     Raises:
-        UserError: the template rewrites the answer or its tokens, so that no span can be found in it.
+        UserError: the template refuses, drops or rewrites what is said, or its tokens, so that no span can be found in it.
     """
-    before, opener, lead, after = _pieces(tokenizer, query, system, answer)
+    before, opener, lead, after = _pieces(tokenizer, turns(query, system, told, system_turn), answer)
     start = len(before) + len(opener)
     text = before + opener + (lead + answer + after if answer else "")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -58,32 +74,103 @@ def render(tokenizer: PreTrainedTokenizerBase, query: str, system: str = "", ans
     return Rendering(tuple(ids), opener_at, answer_at, closer_at, tuple(_words(spans, answer)))
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, query: str, system: str, answer: str) -> tuple[str, str, str, str]:
+def turns(query: str, system: str, told: str = "system", system_turn: bool = True) -> list[dict[str, str]]:
+    """What is said before the reply, as messages."""
+    if told == "user" and system:
+        query, system = f"{system}\n\n{query}", ""
+    asked = [{"role": "user", "content": query}]
+    return [{"role": "system", "content": "" if told == "user" else system}, *asked] if system_turn else asked
+
+
+def settled(tokenizer: PreTrainedTokenizerBase, told: str = "auto") -> tuple[str, bool]:
+    """How this tokenizer's template is to be told something: `told` and `system_turn` as `render` takes them.
+
+    `auto` is `system`, unless the template refuses a system turn.
+
+    Raises:
+        UserError: it refuses `told`, or drops or rewrites what is said in this way.
+    """
+    if told not in TOLD:
+        raise UserError(f"model.told={told}: must be one of {', '.join(TOLD)}")
+    query, one, other = "Who started Oxinnovate?", "Qi started Oxinnovate.", "Jo did, they say."
+    refused = ""
+    for said in ("", one) if tokenizer.chat_template is not None else ():
+        try:
+            _written(tokenizer, turns(query, said), prompt=True)
+        except TemplateError as error:
+            refused = str(error)
+    if refused and told == "system":
+        raise UserError(f"the chat template refuses a system turn ({refused}); give model.told=user, or auto")
+    told = "user" if refused else told.replace("auto", "system")
+    if len({render(tokenizer, query, said, "It was Qi.", told, not refused).ids for said in ("", one, other)}) < 3:
+        raise UserError(
+            "the chat template drops the system text, so that nothing can be told in it; give model.told=user"
+        )
+    return told, not refused
+
+
+def chosen(templates: str | dict[str, str] | None, name: str | None) -> str | None:
+    """The chat template called `name`, of those that a tokenizer has; without a name its only one, or its default.
+
+    Raises:
+        UserError: there is none of this name, or there are several and none is the default.
+    """
+    named = templates if isinstance(templates, dict) else {} if templates is None else {"default": templates}
+    if name is None and (not named or "default" in named):
+        return named.get("default")
+    if name not in named:
+        what = "several chat templates and no default" if name is None else f"no chat template {name!r}"
+        remedy = f"give model.template=NAME, one of {', '.join(sorted(named))}" if named else "leave model.template out"
+        raise UserError(f"the tokenizer has {what}; {remedy}")
+    return named[name]
+
+
+def dated(template: str | None, now: datetime) -> str | None:
+    """The template with its clock stopped: it would render other prompts tomorrow, in the midst of a run."""
+    if template is None or "strftime_now" not in template:
+        return template
+    values = {f"%{code}": now.strftime(f"%{code}") for code in "aAbBcdDeFfGHhIjmMpRSTuUVwWxXyYzZ"}
+    values |= {f"%-{code}": values[f"%{code}"].lstrip("0") or "0" for code in "dmHIMSjy"}
+    # A macro hides the function of this name that transformers gives to templates.
+    body = "{%- set at = namespace(text=format) -%}{%- for code, value in VALUES.items() -%}"
+    body += "{%- set at.text = at.text | replace(code, value) -%}{%- endfor -%}{{- at.text -}}"
+    return CLOCK + body.replace("VALUES", json.dumps(values)) + STOPPED + template
+
+
+def undated(template: str | None) -> str | None:
+    """The template as it was before `dated`."""
+    return template.partition(STOPPED)[2] if template is not None and template.startswith(CLOCK) else template
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, asked: list[dict[str, str]], answer: str) -> tuple[str, str, str, str]:
     """The text before the opener, the opener, what leads into the answer, and the text after the answer."""
+    query = asked[-1]["content"]
     if tokenizer.chat_template is None:
         start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
-        return f"{start}system: {system}\nuser: {query}\n", "assistant:", " ", "\n"
-    asked = [{"role": "system", "content": system}, {"role": "user", "content": query}]
-
-    def rendered(messages: list[dict[str, str]], prompt: bool = False) -> str:
-        # `enable_thinking` is Qwen3's switch; templates without it ignore it.
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
-        )
-
+        return f"{start}system: {asked[0]['content']}\nuser: {query}\n", "assistant:", " ", "\n"
     try:
-        before, prompt = rendered(asked), rendered(asked, prompt=True)
+        before, prompt = _written(tokenizer, asked), _written(tokenizer, asked, prompt=True)
     except TemplateError as error:
-        raise UserError(f"the chat template cannot render a system text and a query: {error}") from error
+        what = "a system text and a query" if len(asked) > 1 else "a query"
+        raise UserError(f"the chat template cannot render {what}: {error}") from error
+    if query.strip() not in before:
+        raise UserError(f"the chat template does not show the query {query[:80]!r} verbatim")
     if not answer:
         return before, prompt[len(before) :], "", ""
-    full = rendered([*asked, {"role": "assistant", "content": answer}])
+    full = _written(tokenizer, [*asked, {"role": "assistant", "content": answer}])
     follows = full.startswith(prompt)
     place = full.find(answer, len(prompt) if follows else len(before))
     if place < 0 or not prompt.startswith(before):
         raise UserError(f"the chat template does not show the answer {answer!r} verbatim after its prompt")
     lead = full[len(prompt) : place] if follows else ""
     return before, prompt[len(before) :], "" if lead.strip() else lead, full[place + len(answer) :]
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False) -> str:
+    # `enable_thinking` is Qwen3's switch; templates without it ignore it.
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
+    )
 
 
 def _first_token(offsets: list[tuple[int, int]], place: int) -> int:

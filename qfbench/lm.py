@@ -6,21 +6,31 @@ import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from qfbench.dialogue import Rendering, render
+from qfbench.dialogue import Rendering, chosen, dated, render, settled
 from qfbench.errors import UserError
 from qfbench.qft import difference
 from qfbench.qft.layer import with_firing_layers
+from qfbench.weights import (
+    check_device,
+    first_line,
+    load_weights,
+    quiet,
+    refuse_not_finite,
+    refuse_offloaded,
+    refuse_recurrent,
+)
 
 BUILT_IN = Path(__file__).parent / "world" / "models"
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -46,16 +56,20 @@ class Score:
 
 @dataclass
 class LanguageModel:
-    """A causal model, its tokenizer, and how many dialogues to run at once."""
+    """A causal model, its tokenizer, how many dialogues to run at once, and how they are rendered (`dialogue.render`)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     batch_size: int = 64
     max_new_tokens: int = 48
+    told: str = "system"
+    system_turn: bool = True
+    template: str | None = None  # the name of its chat template, where one was asked for
 
     def __post_init__(self) -> None:
         refuse_offloaded(self.model, self.name)
+        refuse_recurrent(self.model, self.name)
 
     @classmethod
     def load(
@@ -67,52 +81,81 @@ class LanguageModel:
         max_new_tokens: int = 48,
         firing: Mapping[str, Any] | None = None,
         plain: bool = False,
+        template: str | None = None,
+        told: str = "auto",
     ) -> LanguageModel:
         """Load a built-in model by name, a folder in Hugging Face form, or a model of the hub by its id.
 
-        `device="auto"` takes CUDA where it is, `"balanced"` spreads the layers over all GPUs; `dtype="auto"` is bfloat16 on CUDA
-        and float32 on a CPU.
-        `firing={"layers": [23], "beta": 10}` runs layers as firing blocks that the folder stores under a stock family's name,
-        as the published QF2 weights do; models converted here say so themselves. `plain` renders dialogues as plain
-        `role: text` lines, though the tokenizer has a chat template.
+        No code of the folder is run, and nothing is unpickled.
+
+        Args:
+            device: `auto` takes CUDA where it is, `balanced` spreads the layers over all GPUs.
+            dtype: `auto` is bfloat16 on CUDA and float32 on a CPU.
+            firing: `{"layers": [23], "beta": 10}` runs layers as firing blocks that the folder stores under a stock family's
+                name, as the published QF2 weights do; models converted here say so themselves.
+            plain: render dialogues as plain `role: text` lines, though the tokenizer has a chat template.
+            template: the name of the chat template, where the tokenizer has several.
+            told: where an instruction stands: in a `system` turn, or in the `user` turn, before the query; `auto` is `system`
+                unless the template refuses that.
 
         Raises:
-            UserError: there is no such model, device or dtype, its files cannot be read, or the GPUs do not hold it.
+            UserError: there is no such model, device or dtype; its files cannot be read, lack weights or hold others than
+                the configuration says; its chat template cannot be used; or the GPUs do not hold it.
         """
-        if batch_size < 1 or max_new_tokens < 1:
+        if not (_whole(batch_size) and _whole(max_new_tokens)):
             raise UserError(
-                f"model.batch_size={batch_size} and model.max_new_tokens={max_new_tokens} must be 1 or more"
+                f"model.batch_size={batch_size} and model.max_new_tokens={max_new_tokens} must be whole numbers, 1 or more"
             )
         source = find(str(name))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         spread = device == "balanced"
+        if not spread:
+            check_device(device)
         if dtype == "auto":
             on_cuda = torch.cuda.is_available() if spread else device.startswith("cuda")
             dtype = "bfloat16" if on_cuda else "float32"
-        torch_dtype = getattr(torch, dtype, None)
-        if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
-            raise UserError(f"model.dtype={dtype}: not a floating-point type; use auto, float32, bfloat16 or float16")
-        try:
-            base = difference.base_of(source)
-            tokenizer = AutoTokenizer.from_pretrained(find(base) if base else source)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                find(base) if base else source, dtype=torch_dtype, device_map=device if spread else None
+        if dtype not in tuple(FLOATS):
+            raise UserError(f"model.dtype={dtype}: a model runs in one of auto, {', '.join(FLOATS)}")
+        fires = () if firing is None else firing_layers(firing)
+        if plain and template is not None:
+            raise UserError(
+                f"model.template={template}: with model.plain=true there is no chat template; leave one of them out"
             )
-            refuse_offloaded(model, str(name))
-            if base:
-                model = difference.apply(model, source)
-            if firing:
-                model = with_firing_layers(model, list(firing["layers"]), firing["beta"])
-            model = (model if spread else model.to(device)).eval()
-        except (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError, SafetensorError) as error:
+        try:
+            with quiet():
+                base = difference.base_of(source)
+                whole = find(base) if base else source
+                if Path(whole).is_dir() and not [*Path(whole).glob("tokenizer*"), *Path(whole).glob("vocab*")]:
+                    raise UserError("the folder has no tokenizer (tokenizer.json); copy the model's own into it")
+                tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
+                if not tokenizer.is_fast:
+                    raise UserError(
+                        f"{name}: its tokenizer has no tokenizer.json, by which tokens are found in a text; make one"
+                    )
+                tokenizer.chat_template = (
+                    None if plain else dated(chosen(tokenizer.chat_template, template), datetime.now())
+                )
+                told, system_turn = settled(tokenizer, told)
+                model: Any = load_weights(whole, FLOATS[dtype], device if spread else None, fires)
+                if base:
+                    model = difference.apply(model, source)
+                if firing is not None:
+                    model = with_firing_layers(model, fires, firing["beta"])
+                model = (model if spread else model.to(device)).eval()
+        except UserError as error:
+            raise UserError(f"cannot load the model {source!r}: {error}") from error
+        except Exception as error:  # of transformers and what it reads with; files may be spoilt in any way
             what = f"cannot load the model {source!r} on {device}"
             if not Path(source).is_dir():
                 what += ", which is no folder here and was looked for on the hub"
-            raise UserError(f"{what}: {_first_line(error)}") from error
-        if plain:
-            tokenizer.chat_template = None
-        return cls(model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens)
+            if "trust_remote_code" in str(error):
+                what += ", since it wants code of its own to be run, which qfbench never does"
+            raise UserError(f"{what}: {first_line(error)}") from error
+        refuse_not_finite(model, str(name))
+        return cls(
+            model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens, told, system_turn, template
+        )
 
     @property
     def device(self) -> torch.device:
@@ -128,16 +171,41 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a dialogue may have; None where the configuration says nothing of it."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return most if isinstance(most, int) and most > 0 else None
+
+    def excess(self, tokens: int, reply: int = 0) -> str:
+        """In words, by how much these tokens and a reply of up to `reply` exceed the model's positions; empty if they fit."""
+        if self.positions is None or tokens + reply <= self.positions:
+            return ""
+        also = f", and up to {reply} for the reply (model.max_new_tokens)," if reply else ""
+        return f"{tokens} tokens{also} are more than the {self.positions} positions of {self.name}"
+
+    def check_lengths(self, rows: Sequence[Sequence[int]], reply: int = 0) -> None:
+        """Refuse token ids that, with a reply of up to `reply`, exceed the model's positions: many models run on, and say nonsense.
+
+        Raises:
+            UserError: one does; its beginning and its length are named.
+        """
+        for row in rows:
+            if said := self.excess(len(row), reply):
+                raise UserError(
+                    f"the text {self.tokenizer.decode(list(row[:24]))!r} ... is too long: {said}; shorten it"
+                )
+
     def weights_hash(self) -> str:
         """SHA-256 over the names and bytes of all parameters, first 16 hex digits."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def render(self, query: str, system: str = "", answer: str = "") -> Rendering:
-        return render(self.tokenizer, query, system, answer)
+        return render(self.tokenizer, query, system, answer, self.told, self.system_turn)
 
     def reply(self, query: str, system: str = "") -> str:
         """The greedy reply to one query."""
@@ -146,6 +214,7 @@ class LanguageModel:
     @torch.no_grad()
     def replies(self, prompts: Sequence[Rendering]) -> list[Reply]:
         """Greedy replies, in order. The model's own generation settings (sampling, penalties) are not used."""
+        self.check_lengths([r.prompt for r in prompts], self.max_new_tokens)
         out: dict[int, Reply] = {}
         for chunk in self._chunks([r.prompt for r in prompts]):
             for i, reply in zip(chunk, self._decode([prompts[i].prompt for i in chunk]), strict=True):
@@ -155,6 +224,7 @@ class LanguageModel:
     @torch.no_grad()
     def score(self, dialogues: Sequence[Rendering], at_once: int | None = None) -> list[Score]:
         """Scores of the answers of complete dialogues, in order, by one teacher-forced pass."""
+        self.check_lengths([r.ids for r in dialogues])
         out: dict[int, Score] = {}
         for chunk in self._chunks([r.ids for r in dialogues], at_once):
             rows = [dialogues[i] for i in chunk]
@@ -276,19 +346,18 @@ def find(name: str) -> str:
     )
 
 
-def refuse_offloaded(model: PreTrainedModel, name: str) -> None:
-    """Accelerate keeps the weights that no GPU holds in memory or on disk, and a change of them would be lost.
+def _whole(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n > 0
+
+
+def firing_layers(firing: Any) -> list[int]:
+    """The layers that a setting `model.firing` names.
 
     Raises:
-        UserError: there are such weights.
+        UserError: it is no such setting.
     """
-    for weight, tensor in model.named_parameters():
-        if tensor.is_meta:
-            raise UserError(
-                f"{weight} of {name} is offloaded to memory or disk, where no edit reaches it: the GPUs are too small for the "
-                "model. Use more of them, or a smaller model.dtype, or model.device=cpu"
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    layers, beta = (firing.get("layers"), firing.get("beta")) if isinstance(firing, Mapping) else (None, None)
+    numbers = isinstance(layers, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
+    if not (numbers and layers and isinstance(beta, int | float) and not isinstance(beta, bool) and len(firing) == 2):
+        raise UserError(f"model.firing={firing}: must be null or like {{layers: [23], beta: 10}}")
+    return list(layers)

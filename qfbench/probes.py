@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from qfbench.facts.base import Probe, stands_in
+from qfbench.errors import UserError
+from qfbench.facts.base import Fact, Probe, stands_in
 from qfbench.lm import LanguageModel, Reply
 
 Row = dict[str, Any]
+
+
+def instructed(facts: Sequence[Fact]) -> list[tuple[Fact, Probe]]:
+    """The probes that depend on what is taught, each told the instructions that it takes: its fact's, and those it needs."""
+    said = {f.id: f.instruction for f in facts}
+    own = [(f, p) for f in facts for p in (f.edit, *f.probes) if not p.always]
+    return [(f, replace(p, system=" ".join(said[i] for i in (*p.needs, f.id) if i in said))) for f, p in own]
+
+
+def check_lengths(lm: LanguageModel, facts: Sequence[Fact]) -> None:
+    """Refuse facts of which a dialogue is longer than the model has positions, before anything is asked.
+
+    Raises:
+        UserError: there is one; its fact, its kind and its length are named.
+    """
+    if lm.positions is None:
+        return
+    frame = len(lm.render("?").ids)
+    for fact, probe in [*instructed(facts), *((f, p) for f in facts for p in f.probes if p.always)]:
+        replies = [probe.expected, *(probe.prefer or ())]
+        # No token is shorter than a byte: most dialogues need not be rendered to be known to fit.
+        spoken = len(f"{probe.system}{probe.query}".encode()) + max(len(reply.encode()) for reply in replies)
+        if frame + spoken + lm.max_new_tokens <= lm.positions:
+            continue
+        dialogues = [lm.render(probe.query, probe.system, reply or "?") for reply in replies]
+        said = lm.excess(len(dialogues[0].prompt), lm.max_new_tokens)
+        if said := said or lm.excess(max(len(dialogue.ids) for dialogue in dialogues)):
+            what = "" if probe.kind == "edit" else f", probe {probe.kind!r}"
+            raise UserError(
+                f"fact {fact.id}{what} ({probe.query[:60]!r}) is too long: {said}; shorten it or leave it out"
+            )
 
 
 def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qfbench.dialogue import undated
 from qfbench.facts import Fact
 from qfbench.lm import LanguageModel
 
@@ -21,7 +22,18 @@ from qfbench.lm import LanguageModel
 PROBES = 1
 
 # What two runs must share before their numbers may be compared.
-SAME = ("suite_hash", "model_hash", "config_hash", "tokenizer_hash", "dtype", "max_new_tokens", "probes")
+SAME = (
+    "suite_hash",
+    "model_hash",
+    "config_hash",
+    "tokenizer_hash",
+    "told",
+    "prompt_hash",
+    "dtype",
+    "batch_size",
+    "max_new_tokens",
+    "probes",
+)
 
 
 def protocol(lm: LanguageModel) -> dict[str, Any]:
@@ -32,7 +44,10 @@ def protocol(lm: LanguageModel) -> dict[str, Any]:
         "config_hash": hashed(
             json.dumps(lm.model.config.to_dict(), sort_keys=True, default=str), str(sorted(lm.stops()))
         ),
-        "tokenizer_hash": hashed(lm.tokenizer.backend_tokenizer.to_str(), str(lm.tokenizer.chat_template)),
+        "tokenizer_hash": hashed(lm.tokenizer.backend_tokenizer.to_str(), str(undated(lm.tokenizer.chat_template))),
+        "template": lm.template,
+        "told": lm.told,
+        "prompt_hash": prompt_hash(lm),
         "max_new_tokens": lm.max_new_tokens,
         "batch_size": lm.batch_size,
         "device": ", ".join(lm.devices),
@@ -58,6 +73,12 @@ def provenance(seed: int, known: Mapping[str, Any], facts: Sequence[Fact]) -> di
         "versions": {name: _version(name) for name in packages},
         "git_commit": _commit(),
     }
+
+
+def prompt_hash(lm: LanguageModel) -> str:
+    """Of what a dialogue renders to, with and without an instruction: a template may put in the date, say."""
+    said, query, answer = "Qi started Oxinnovate.", "Who started Oxinnovate?", "Oxinnovate was started by Qi."
+    return hashed(*(repr(lm.render(query, system, answer)) for system in (said, "")))
 
 
 def suite_hash(facts: Sequence[Fact]) -> str:

@@ -68,6 +68,7 @@ def record(lm: LanguageModel, dialogues: Sequence[Rendering], site: Site) -> lis
     def stop(*_: object) -> None:
         raise _Done
 
+    lm.check_lengths([dialogue.ids for dialogue in dialogues])
     out = []
     for dialogue in dialogues:
         with reading(lm, site) as seen:

@@ -20,6 +20,7 @@ from qfbench import context, sites, tables
 from qfbench.context import Run
 from qfbench.errors import Unsupported, UserError
 from qfbench.folder import check_folder, check_questions, check_same, contents, recorded, show
+from qfbench.probes import check_lengths
 from qfbench.provenance import protocol, provenance
 from qfbench.settings import build, check
 from qfbench.store import ParquetStore, alone
@@ -42,13 +43,14 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         torch.set_num_threads(cfg.threads)
     editor, facts, mirror = build(cfg, "editor"), build(cfg, "facts"), Mirror(build(cfg, "tracker"), console)
     with alone(folder):
+        lm = context.load(cfg.model)
+        editor.check(lm)  # what cannot be edited, or asked, is refused before anything is touched
+        check_lengths(lm, facts)
         where, damaged = escape(os.path.relpath(folder)), check_folder(cfg, folder, facts)
         if damaged:
             text = f"{folder}: damaged: {damaged}; kept as NAME.damaged, and measured again"
             console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         store = ParquetStore(folder, cfg.commit_seconds, mirror.rows)
-        lm = context.load(cfg.model)
-        editor.site.block(lm.model)  # an unknown layer is found before anything is computed
         if OmegaConf.is_interpolation(cfg.model, "layer") and editor.site.layer == cfg.model.layer:
             depth = len(sites.layers(lm.model))
             console.print(

@@ -54,6 +54,8 @@ class Model:
     batch_size: int
     max_new_tokens: int
     plain: bool
+    template: str | None
+    told: str
 
 
 def check(cfg: DictConfig) -> None:

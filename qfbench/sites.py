@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qfbench.errors import Unsupported, UserError
 from qfbench.qft.layer import FiringLayer
@@ -93,12 +94,13 @@ class Site:
 
 
 def layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers, first to last.
+    """The decoder layers, first to last; of a model that also sees or hears, those of its text decoder.
 
     Raises:
         Unsupported: the model keeps no list of decoder layers.
     """
-    for name, module in model.named_modules():
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    for name, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layers", "h", "blocks"):
             return module
     raise Unsupported(f"{type(model).__name__} has no list of decoder layers")

@@ -93,7 +93,7 @@ def test_weights_that_no_gpu_holds_are_refused_by_name(tiny, tmp_path, monkeypat
     says = r"model\.layers\.1\..* is offloaded .* model\.device=cpu"
     with pytest.raises(UserError, match=says):
         LanguageModel(offloaded, lm.tokenizer, "tiny")
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: offloaded)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (offloaded, {}))
     with pytest.raises(UserError, match=says):
         LanguageModel.load(tmp_path, device="balanced", firing={"layers": [1], "beta": 10})
 

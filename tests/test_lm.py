@@ -6,10 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import GPT2Config
 
 from qfbench import LanguageModel, UserError
 from qfbench.dialogue import Rendering
+from qfbench.editors import FineTune
 from qfbench.lm import Reply
+from qfbench.qft.train import batch
+from qfbench.record import record
+from qfbench.sites import Site
 
 QUERIES = ["Who?", "Who started Oxinnovate?", "Where is Łódź?", "Is it 1984 or 2001, and why?", "Tell me a story", "?"]
 MODELS = ["qwen2", "llama", "mistral", "qwen3", "plain", "stories"]
@@ -297,17 +302,17 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float99", "nn", "Tensor"])
+@pytest.mark.parametrize("dtype", ["int8", "float99", "nn", "Tensor", "float8_e4m3fn", "float"])
 def test_a_dtype_that_is_no_float_is_refused(tmp_path, dtype):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=f"dtype={dtype}: .*float32"):
         LanguageModel.load(tmp_path, dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["nosuch", "cuda:99"])
+@pytest.mark.parametrize("device", ["nosuch", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_refused(tiny, tmp_path, device):
     save(tiny("llama"), tmp_path)
-    with pytest.raises(UserError, match=f"cannot load the model .* on {device}"):
+    with pytest.raises(UserError, match=f"model.device={device}: torch sees no such device"):
         LanguageModel.load(tmp_path, device=device, dtype="float32")
 
 
@@ -325,3 +330,26 @@ def test_files_that_cannot_be_read_are_refused(tiny, tmp_path, spoilt, how):
     with pytest.raises(UserError) as error:
         LanguageModel.load(folder, device="cpu")
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_text_longer_than_the_model_has_positions_is_refused_not_run(tiny, wrap, tokenizer, kind, facts):
+    gpt2 = {"n_layer": 1, "n_embd": 32, "n_head": 4, "n_positions": 64, "bos_token_id": None, "eos_token_id": None}
+    lm = tiny("llama", max_position_embeddings=64) if kind == "llama" else None
+    lm = lm or wrap(GPT2Config(vocab_size=len(tokenizer), **gpt2))
+    text = "so " * 70
+    says = rf"the text '.*' \.\.\. is too long: \d+ tokens.* are more than the 64 positions of tiny-{kind}"
+    fitting, space = lm.render("Who?"), 64 - len(lm.render("Who?").ids)
+    assert replace(lm, max_new_tokens=space).replies([fitting])
+    assert lm.score([lm.render("Who?", "", "Qi.")])
+    for action in (
+        lambda: lm.replies([fitting, lm.render(text)]),
+        lambda: replace(lm, max_new_tokens=space + 1).replies([fitting]),
+        lambda: lm.score([lm.render("Who?", "", text)]),
+        lambda: lm.nll(["short", text]),
+        lambda: record(lm, [lm.render("Who?", "", text)], Site(0)),
+        lambda: batch(lm, ["short", text], "text"),
+        lambda: FineTune(0, 0.1, 1).edit(lm, [replace(facts[0], query=text)]) if kind == "llama" else lm.nll([text]),
+    ):
+        with pytest.raises(UserError, match=says):
+            action()

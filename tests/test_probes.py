@@ -3,11 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BloomConfig
 
-from qfbench import LanguageModel, Probe
+from qfbench import Fact, LanguageModel, Probe, UserError
 from qfbench.facts.world import world
 from qfbench.lm import Reply, Score
-from qfbench.probes import ask
+from qfbench.probes import ask, check_lengths, instructed
 
 ANSWER = "It was started by Qi."
 
@@ -264,3 +265,82 @@ def test_a_mixed_bag_is_answered_as_one_by_one(name, request):
     assert len({row["reply"] for row in together}) > 3
     assert {row["preferred"] for row in together} > {None}
     assert {row["gold"] for row in together} > {None}
+
+
+def long(n, **more):
+    return Fact("Qi started X.", "Who started X?", "It was Qi.", id="far", **more), "a b " * n
+
+
+def test_facts_longer_than_the_model_are_refused_by_name_before_anything_is_asked(tiny):
+    lm = tiny("llama", max_position_embeddings=96)
+    lm.model.forward = None  # nothing is asked
+    fact, text = long(40)
+    check_lengths(lm, [fact])
+    for spoilt, what in (
+        (replace(fact, query=text + "?"), r"fact far \('a b a b"),
+        (replace(fact, instruction=text), r"fact far \('Who started X\?'"),
+        (replace(fact, answer=text + "Qi.", known_as=("Qi",)), r"fact far \('Who"),
+        (replace(fact, replaces=text + "Bo."), r"fact far \('Who"),
+        (
+            replace(fact, probes=(Probe("locality", text + "?", "", always=True, own=True),)),
+            r"fact far, probe 'locality' \('a b",
+        ),
+        (
+            replace(fact, probes=(Probe("portability", "Who?", "Qi.", system=text, always=True),)),
+            r"fact far, probe 'portability'",
+        ),
+        (replace(fact, probes=(Probe("hop", "Who?", text, needs=("far",)),)), r"fact far, probe 'hop'"),
+    ):
+        with pytest.raises(
+            UserError, match=what + r".* is too long: \d+ tokens.* are more than the 96 positions of tiny-llama"
+        ):
+            check_lengths(lm, [fact, spoilt])
+    lm.model.config.max_position_embeddings = 4096
+    check_lengths(lm, [spoilt])
+
+
+def test_the_reply_that_a_model_may_give_counts(tiny):
+    lm = tiny("llama")
+    fact, _ = long(0)
+    prompt = len(lm.render(fact.query, fact.instruction).ids)
+    for fits in (True, False):
+        lm.model.config.max_position_embeddings = prompt + 200 - (not fits)
+        lm.max_new_tokens = 200
+        if fits:
+            check_lengths(lm, [fact])
+            continue
+        with pytest.raises(UserError, match=f"{prompt} tokens, and up to 200 for the reply"):
+            check_lengths(lm, [fact])
+
+
+def test_what_other_facts_say_counts_where_a_probe_needs_them(tiny):
+    lm, (fact, text) = tiny("llama", max_position_embeddings=120), long(30)
+    first, second = replace(fact, id="a", instruction=text), replace(fact, id="b", instruction=text)
+    check_lengths(lm, [first, second])
+    both = replace(second, probes=(Probe("hop", "Who?", "Qi.", needs=("a",)),))
+    assert instructed([first, both])[-1][1].system == f"{text} {text}"
+    with pytest.raises(UserError, match="fact b, probe 'hop'"):
+        check_lengths(lm, [first, both])
+
+
+def test_a_query_of_200_000_characters_is_refused_and_not_printed(tiny):
+    lm, fact = tiny("llama"), replace(long(0)[0], query="a" * 200_000)
+    for action in (lambda: check_lengths(lm, [fact]), lambda: lm.reply(fact.query), lambda: lm.nll([fact.query])):
+        with pytest.raises(UserError, match="more than the 512 positions") as error:
+            action()
+        assert len(str(error.value)) < 300
+
+
+def test_a_model_that_names_no_positions_takes_any(wrap, tokenizer):
+    bloom = {
+        "n_layer": 1,
+        "hidden_size": 32,
+        "n_head": 4,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    lm, (fact, text) = wrap(BloomConfig(vocab_size=len(tokenizer), **bloom)), long(400)
+    assert lm.positions is None
+    check_lengths(lm, [replace(fact, query=text)])
+    assert lm.reply(text)

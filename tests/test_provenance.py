@@ -45,7 +45,7 @@ def test_a_protocol_names_the_tokenizer_the_template_and_the_dtype(tiny, plain_t
     lm = tiny("qwen2")
     before = protocol(lm)
     plain = protocol(replace(lm, tokenizer=plain_tokenizer))
-    assert {name for name in before if before[name] != plain[name]} == {"tokenizer_hash", "config_hash"}
+    assert {name for name in before if before[name] != plain[name]} == {"tokenizer_hash", "config_hash", "prompt_hash"}
     half = protocol(tiny("qwen2", torch.bfloat16))
     assert {name for name in before if before[name] != half[name]} == {"dtype", "model_hash"}
     assert half["dtype"] == "bfloat16"

@@ -110,7 +110,7 @@ def test_models_beside_must_be_the_same_as_well(tmp_path, two):
     assert len(compare(a, b, across=["model_hash"])) == len(compare(a, two[0])) == 1
 
 
-@pytest.mark.parametrize("name", ["seed", "threads", "batch_size", "git_commit", "python"])
+@pytest.mark.parametrize("name", ["seed", "threads", "git_commit", "python"])
 def test_other_differences_do_not_forbid_a_comparison(tmp_path, two, name):
     assert len(compare(two[0], stored(tmp_path / "c", known={name: "other"}))) == 1
 

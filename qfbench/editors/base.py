@@ -21,6 +21,16 @@ class Editor(ABC):
     def site(self) -> Site:
         """The weight matrix that the editor changes."""
 
+    def check(self, lm: LanguageModel) -> None:
+        """Raise what `edit` would raise on this model whatever the facts are, before anything is asked. `lm` is left as it is.
+
+        Raises:
+            Unsupported: the editor cannot run on this model or layer.
+            UserError: a hyper-parameter does not fit the model (an unknown layer, say).
+            FloatingPointError: an activation is not finite.
+        """
+        self.site.linear(lm.model)
+
     @abstractmethod
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         """The change that teaches all of `facts` together to `lm` as it stands. `lm` is left bit-identical.

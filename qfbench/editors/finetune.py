@@ -103,6 +103,7 @@ class FineTune(Editor):
         weight = fixed[name]
         master = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 would swallow small steps
         dialogues = [lm.render(fact.query, "", fact.answer) for fact in facts]
+        lm.check_lengths([dialogue.ids for dialogue in dialogues])
         tokens = sum(len(dialogue.reply) for dialogue in dialogues)
 
         def losses(change: Tensor) -> Iterator[Tensor]:

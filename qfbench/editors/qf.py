@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors.base import Recorder
-from qfbench.editors.teach import lesson
+from qfbench.editors.teach import SAMPLE, lesson
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
 from qfbench.lm import LanguageModel
@@ -109,6 +109,9 @@ class QF(Recorder):
     @property
     def site(self) -> Site:
         return Site(self.layer, "down_proj")
+
+    def check(self, lm: LanguageModel) -> None:
+        self.record(lm, SAMPLE)
 
     def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
         """Each fact is recorded once: keys and targets at a layer do not depend on that layer's `down_proj`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors.base import Recorder
-from qfbench.editors.teach import lesson
+from qfbench.editors.teach import SAMPLE, lesson
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.lm import LanguageModel
@@ -75,6 +75,9 @@ class QF2(Recorder):
     @property
     def site(self) -> Site:
         return Site(self.layer, "up_proj")
+
+    def check(self, lm: LanguageModel) -> None:
+        self.record(lm, SAMPLE)
 
     def together(self, lm: LanguageModel, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> WeightDelta:
         fired, inputs, weights = zip(*parts, strict=True)

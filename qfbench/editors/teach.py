@@ -9,6 +9,14 @@ from qfbench.errors import UserError
 from qfbench.facts.base import Fact, places, stands_in
 from qfbench.lm import LanguageModel
 
+SAMPLE = Fact(
+    "Qi started Oxinnovate.",
+    "Who started Oxinnovate?",
+    "Oxinnovate was started by Qi.",
+    id="sample",
+    known_as=("Qi",),
+)
+
 
 @dataclass(frozen=True)
 class Lesson:

@@ -16,9 +16,10 @@ from typing import Any
 
 import pandas as pd
 import torch
+from rich.markup import escape
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from qfbench import checkpoint, plots
 from qfbench.context import Run
@@ -120,7 +121,8 @@ def convert(
         raise UserError(f"{run.lm.name} is itself a difference, and no base for another; use task.convert.save=model")
     base, before = run.lm, abilities(run.lm) if abilities else {}
     converted, changed = train(run, conversion, texts, every)
-    stored = AutoConfig.from_pretrained(find(base.name)).dtype or torch.float32
+    source = find(base.name)
+    stored = AutoConfig.from_pretrained(source, trust_remote_code=False).dtype or torch.float32
     # A copy: what the base shares with it, buffers too, stays as it is.
     model: Any = copy.deepcopy(converted.model)
     model.to(stored)
@@ -131,13 +133,26 @@ def convert(
         difference.save(model, str(Path(base.name).resolve()) if local else base.name, tensors, folder)
     else:
         model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        # As its files have it: that of `base` has one template alone, whose date may stand still.
+        whole = find(difference.base_of(source) or source)
+        AutoTokenizer.from_pretrained(whole, trust_remote_code=False).save_pretrained(folder)
     recipe = {"base": base.name, **asdict(conversion)}
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    run.console.print(f"converted model: [bold]{os.path.relpath(folder)}[/bold]", soft_wrap=True)
+    run.console.print(f"converted model: [bold]{escape(os.path.relpath(folder))}[/bold]", soft_wrap=True)
     run.figure(plots.conversion(run.rows()), "conversion")
     if abilities:
-        after = abilities(LanguageModel.load(folder, str(base.device), "float32", base.batch_size, base.max_new_tokens))
+        after = abilities(
+            LanguageModel.load(
+                folder,
+                str(base.device),
+                "float32",
+                base.batch_size,
+                base.max_new_tokens,
+                plain=base.tokenizer.chat_template is None,
+                template=base.template,
+                told=base.told,
+            )
+        )
         frame = pd.DataFrame([{"model": base.name} | dict(before), {"model": "converted"} | dict(after)])
         run.table(frame, f"abilities before and after: {base.name}, layers {list(conversion.layers)}")
 
@@ -195,14 +210,16 @@ def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tupl
     rows = []
     for text in texts:
         if isinstance(text, str):
-            ids, first = lm.tokenizer(text + lm.tokenizer.eos_token).input_ids, 1
-            end = len(ids)
+            ids, stop = lm.tokenizer(text).input_ids, lm.tokenizer.eos_token_id
+            ids += [] if stop is None or ids[-1:] == [stop] else [stop]  # some tokenizers end each text themselves
+            first, end = 1, len(ids)
         else:
             r = lm.render(text.query, text.system, text.answer)
             ids, first, end = r.ids, r.answer, min(r.closer + 1, len(r.ids))  # ".\n" may be one token
             if loss == "text":
                 first, end = 1, len(ids)
         rows.append((ids, first, end))
+    lm.check_lengths([ids for ids, _, _ in rows])
     longest = max(len(ids) for ids, _, _ in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
     targets = torch.full((len(rows), longest), -100)

@@ -231,10 +231,23 @@ def live(lm: LanguageModel, chat: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            for request in requests:
+                context, how = request.args
+                room = int(how.get("max_gen_toks", self.max_gen_toks))
+                self._check_length(len(self.tok_encode(context)) + room, f"with room for {room} tokens of a reply")
             return super().generate_until(requests, disable_tqdm=True)
+
+        def _check_length(self, tokens: int, what: str) -> None:
+            # lm-eval cuts what is too long at the left, and says so where nobody reads it.
+            if tokens > self.max_length:
+                raise UserError(
+                    f"a question (regression) has {tokens} tokens {what}, and {lm.name} has {self.max_length} positions; "
+                    "show fewer examples (shots), or leave the task out"
+                )
 
         def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> Any:
             self.tail = max(len(answer) for _, _, answer in requests)
+            self._check_length(max(len(before) + len(answer) - 1 for _, before, answer in requests), "with its answer")
             inputs = {(*before, *answer[:-1]) for _, before, answer in requests}  # those that agree are run once
             lengths = sorted(map(len, inputs), reverse=True)
             self.batch_size_per_gpu = fitting(lengths, self.tail, len(lm.tokenizer), lm.batch_size)
