@@ -23,7 +23,7 @@ FOUNDERS = ("Ada", "Bo", "Cy")
 class Notebook(LanguageModel):
     """Answers for the facts that its weight names, or that it is told; `says` has its other replies, after 0, 1 ... facts."""
 
-    name, dtype, device = "notebook", torch.float32, torch.device("cpu")
+    name, dtype, device, positions = "notebook", torch.float32, torch.device("cpu"), None
     tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=str), chat_template=None)
 
     def __init__(self, facts, says=None, deaf=()):
