@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qfbench.facts.base import Probe, stands_in
+from qfbench.facts.base import Probe
+from qfbench.facts.matching import stands_in
 from qfbench.lm import LanguageModel, Reply
 
 Row = dict[str, Any]

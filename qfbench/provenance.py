@@ -18,7 +18,7 @@ from qfbench.facts import Fact
 from qfbench.lm import LanguageModel
 
 # How replies are scored (`probes.ask`); to be raised when that changes, since older runs then compare no more.
-PROBES = 1
+PROBES = 2
 
 
 # Settings on which no number depends.

@@ -14,7 +14,7 @@ from test_zsre import zsre_record
 
 from qfbench import dialogue as dialogue_module
 from qfbench.editors import teach
-from qfbench.facts.base import stands_in
+from qfbench.facts.matching import stands_in
 
 RECORD = {
     "counterfact": counterfact_record,

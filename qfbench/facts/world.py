@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qfbench.errors import UserError
-from qfbench.facts.base import Fact, Probe, without_stop
+from qfbench.facts.base import Fact, Probe
+from qfbench.facts.matching import without_stop
 from qfbench.world.relations import COMPANY_RELATIONS, REFUSAL, RELATIONS
 from qfbench.world.world import Triple, World, draw_object, implied, novel
 
