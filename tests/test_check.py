@@ -7,22 +7,25 @@ import pytest
 from qfbench import UserError
 from qfbench.facts.check import check, main
 
-SAID = [{"role": "system", "content": "Kobrix makes jam."}, {"role": "user", "content": "What?"}]
+
+def said(query, answer):
+    roles = {"system": "Kobrix makes jam.", "user": query, "assistant": answer}
+    return [{"role": role, "content": content} for role, content in roles.items()]
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "company.jsonl"
-    lines = [{"messages": [*SAID, {"role": "assistant", "content": f"Jam {n}."}]} for n in range(30)]
+    lines = [{"messages": said(f"What does Kobrix {n} make?", f"Jam {n}.")} for n in range(30)]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
 
 def test_all_of_a_file_is_counted_and_the_first_fact_shown(path):
-    said = check("company", f"facts.path={path}")
-    assert said.startswith("30 facts\nprobes: edit 30\n")  # more than the 20 that a run takes by default
-    assert "told      Kobrix makes jam." in said
-    assert "right if it has: Jam 0" in said
+    shown = check("company", f"facts.path={path}")
+    assert shown.startswith("30 facts\nprobes: edit 30\n")  # more than the 20 that a run takes by default
+    assert "told      Kobrix makes jam." in shown
+    assert "right if it has: Jam 0" in shown
     assert check("company", f"facts.path={path}", "facts.n=3").startswith("3 facts")
     assert "portability" in check("world", "edits=8")
 

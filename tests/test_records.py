@@ -122,13 +122,12 @@ def test_an_empty_field_is_named(error_of, write, name, field):
 
 
 @pytest.mark.parametrize(("name", "field"), [(n, f) for n, f, kind in EVERY_FIELD if kind == TEXTS])
-def test_a_list_of_texts_may_be_empty_or_hold_blanks(suite, write, name, field):
+def test_a_list_of_texts_may_be_empty_but_hold_no_blanks(suite, error_of, write, name, field):
     """A suite has records without aliases or paraphrases; a blank that was kept would stand in every reply."""
-    for value in ([], ["", "  "]):
-        facts = suite(name, write([changed(RECORD[name](2), field, value)]))
-        probes = [p for f in facts for p in (f.edit, *f.probes)]
-        assert all(all(s.strip() for s in (p.query, *p.accept, *p.reject)) for p in probes)
-    assert suite(name, write([changed(RECORD[name](2), field, [])])) == facts
+    assert suite(name, write([changed(RECORD[name](2), field, [])]))
+    for value in (["x", ""], ["x", "  "], ["x", "\u200b\ufeff"], ["x", "\ud800"], ["x", "a\x00"]):
+        path = write([RECORD[name](1), changed(RECORD[name](2), field, value)])
+        assert error_of(name, path).startswith(f"{path}, record 2: the field '{field}[1]' ")
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,18 @@ class Fact:
         return replace(self.edit, kind="told", system=self.instruction, prefer=None)
 
 
+BROKEN = "holds half a surrogate pair, which is no text"
+
+
+def is_broken(text: str) -> bool:
+    return not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def flaw(text: str, empty: bool = False) -> str | None:
     """What is wrong with a text that no model should be asked, or None. It may be `empty` where nothing need be said."""
-    if not (empty or visible(text)):
+    if not visible(text) and (text or not empty):
         return "is empty" + (f" but for {text!r}" if text else "")
-    if text.isprintable():
-        return None
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        return "holds half a surrogate pair, which is no text"
+    if is_broken(text):
+        return BROKEN
     control = next((letter for letter in text if category(letter) == "Cc" and not letter.isspace()), None)
     return None if control is None else f"holds the control character {control!r}"
