@@ -142,6 +142,27 @@ def test_another_object_for_the_same_question_is_a_conflict(write, caplog):
     assert "1 facts repeat or contradict another and are kept" in warning
 
 
+def test_a_question_of_which_another_case_rewrites_a_hop_is_a_conflict(write, caplog):
+    first, second = cases([A], [B])
+    for names, right in ((["Bo"], True), (["Robert", "bo"], True), (["Otto"], False)):
+        first["new_single_hops"] = [{"question": "Who is B?", "answer": names[0], "answer_alias": names[1:]}]
+        path = write([first, second])
+        if right:
+            assert len(mquake(path, *QUESTION)) == 2
+            continue
+        with pytest.raises(
+            UserError, match=f"{path}: 1 multi-hop questions .*'Asked: Multi 0.'.*'mquake-201-0' answers"
+        ):
+            mquake(path, *QUESTION)
+        assert not caplog.messages
+        left = mquake(path, *QUESTION, on_error="skip")
+        assert [[p.query for p in f.probes] for f in left] == [[], ["Asked: Multi 1?"]]
+        kept = mquake(path, *QUESTION, on_conflict="keep")
+        assert [len(f.probes) for f in kept] == [1, 1]
+        assert [m.rpartition("they are ")[2] for m in caplog.messages] == ["left out", "kept"]
+    assert len(mquake(path, *QUESTION, n=1)) == 1  # what is not taught rewrites nothing
+
+
 def test_an_alias_that_the_old_object_has_too_is_not_accepted(write):
     record = mquake_record(1)
     record["new_single_hops"][0]["answer_alias"] = ["OSTREL", "Varnby-on-Sea"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.matching import key, stands_in
 from qfbench.facts.records import Record, check_templates, load, objects, with_subject
+
+log = logging.getLogger(__name__)
 
 
 def mquake(
@@ -24,7 +28,9 @@ def mquake(
     case carries its multi-hop questions (`portability`), which are asked once all of the case is taught (`needs`).
 
     In the templates `{question}` is the rewrite's own question, `{cloze}` its statement up to the gap, `{object}` what
-    fills it. Aliases count as right, but for those that the old object has too.
+    fills it. Aliases count as right, but for those that the old object has too. A multi-hop question of which another case
+    rewrites a hop has no right answer once both are taught: a conflict, like two answers to one query; `on_error=skip` does
+    not ask it.
 
     Raises:
         UserError: naming file, record and field.
@@ -33,8 +39,19 @@ def mquake(
     check_templates("question", "cloze", "object", needs="object", instruction=instruction, answer=answer)
     check_templates("question", needs="question", query=query)
 
+    chains: dict[str, dict[str, set[str]]] = {}  # of each multi-hop question: what each hop's query is answered
+
     def make(record: Record) -> list[Fact]:
-        aliases = {hop.text("question"): _aliases(hop, "answer_alias") for hop in record.records("new_single_hops")}
+        steps = record.records("new_single_hops")
+        aliases = {hop.text("question"): _aliases(hop, "answer_alias") for hop in steps}
+        chain = {
+            key(query.format(question=hop.text("question"))): {
+                key(hop.text("answer")),
+                *map(key, hop.texts("answer_alias")),
+            }
+            for hop in steps
+            if "answer" in hop.fields()
+        }
         implied = record.text("new_answer")
         accepted = (implied, *_aliases(record, "new_answer_alias"))
         before = _without((record.text("answer"), *_aliases(record, "answer_alias")), accepted)
@@ -53,6 +70,7 @@ def mquake(
             )
             for q in record.texts("questions")
         )
+        chains.update({hop.query: chain for hop in hops})
         facts = []
         for i, rewrite in enumerate(rewrites):
             question, cloze = rewrite.text("question"), with_subject(rewrite)
@@ -73,7 +91,25 @@ def mquake(
             )
         return facts
 
-    return load(path, make, n, seed, on_error, on_conflict, join=_once)
+    facts = load(path, make, n, seed, on_error, on_conflict, join=_once)
+    taught = {key(fact.query): fact for fact in facts}
+    broken = {
+        probe.query: f"the question {probe.query!r} of {fact.id!r} has a hop that {taught[hop].id!r} answers otherwise"
+        for fact in facts
+        for probe in fact.probes
+        for hop, names in chains[probe.query].items()
+        if hop in taught and names.isdisjoint(map(key, taught[hop].known_as))
+    }
+    if not broken:
+        return facts
+    said = f"{path}: {len(broken)} multi-hop questions are without a right answer; the first: {next(iter(broken.values()))}"
+    if on_conflict == "keep":
+        log.warning("%s; they are kept", said)
+        return facts
+    if on_error == "stop":
+        raise UserError(f"{said}. facts.on_error=skip leaves them out, facts.on_conflict=keep asks them all the same")
+    log.warning("%s; they are left out", said)
+    return [replace(fact, probes=tuple(p for p in fact.probes if p.query not in broken)) for fact in facts]
 
 
 def _once(case: Sequence[Fact], earlier: Mapping[str, Fact]) -> list[Fact]:

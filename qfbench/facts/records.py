@@ -96,7 +96,7 @@ class Record:
     def _sound(self, field: str, value: str, empty: bool = False, breaks: str = "refuse") -> str:
         text = value.strip()
         if text != value:
-            self.stripped.append(f"{self.where}, {self.prefix + field!r}")
+            self.stripped.append(f"{self.unit} {self.number}, {self.prefix + field!r}")
         what = flaw(text, empty)
         if what:
             raise self.error(field, what)
