@@ -5,7 +5,7 @@ from unicodedata import normalize
 
 import pytest
 
-from qfbench import Fact, Probe
+from qfbench import Fact, Probe, UserError
 from qfbench.editors.teach import weights_of_words
 from qfbench.facts.matching import key, places, stands_in, visible
 
@@ -147,6 +147,14 @@ def test_what_is_rejected_may_stand_within_the_subject_or_what_is_accepted():
     assert not Probe("edit", "?", "", ("Zunda",), ("New Zunda",)).passes("New Zunda.")
     # taking the accepted name out must not make a rejected one of what stands around it
     assert Probe("edit", "?", "", ("Qi",), ("A B",)).passes("A Qi B")
+
+
+def test_a_probe_refuses_names_that_name_nothing():
+    for nothing in ("", "...", "\u200b", " ?"):
+        for names in ({"accept": ("Qi", nothing)}, {"reject": (nothing,)}):
+            with pytest.raises(UserError, match="which names nothing"):
+                Probe("edit", "?", "Qi.", **names)
+    assert Probe("edit", "?", "", ("-", "🙂")).passes("🙂")
 
 
 def test_a_fact_hands_its_subject_to_its_probes():

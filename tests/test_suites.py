@@ -43,7 +43,7 @@ def test_the_shipped_templates_tell_the_new_object_and_ask_without_it(suite, wri
     [
         ("counterfact", {"requested_rewrite": rewrite(1, new="West Varnby", old="Varnby")}),
         ("zsre", {"alt": "lord of Varnby", "answers": ["lord"]}),
-        ("zsre", {"alt": "Varnby", "answers": ["varnby"]}),
+        ("zsre", {"alt": "Varnby", "answers": ["New Varnby", "Varn"]}),
         ("mquake", {"new_answer": "Una Klee"}),
     ],
 )

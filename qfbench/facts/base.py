@@ -38,6 +38,11 @@ class Probe:
     needs: tuple[str, ...] = ()
     subject: str = ""
 
+    def __post_init__(self) -> None:
+        for name in (*self.accept, *self.reject):
+            if not key(name):
+                raise UserError(f"the probe {self.query!r} accepts or rejects {name!r}, which names nothing")
+
     def passes(self, reply: str) -> bool:
         """Whether a reply names what is accepted, as whole words, and nothing that is rejected; `own`: is as it was."""
         if self.own:
