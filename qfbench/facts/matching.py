@@ -19,6 +19,8 @@ A name stands where no word goes on before or after it:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from unicodedata import category, decimal, decomposition, normalize
 
 ALIKE = str.maketrans("‘’ʼ‛“”„‟‐‑−", "''''\"\"\"\"---")
@@ -66,20 +68,22 @@ def visible(text: str) -> bool:
     return not all(c.isspace() or c in BLANK or category(c) in ("Cf", "Cc", "Mn") for c in text)
 
 
-def folded(text: str) -> tuple[str, list[int]]:
+@lru_cache(maxsize=1024)  # a reply is compared with all names that were taught
+def folded(text: str) -> tuple[str, Sequence[int]]:
     """A text as it is compared, and for each of its characters, and its end, the place in `text` that it comes from."""
+    at: Sequence[int]
     if text.isascii():
-        plain, at = text.lower(), list(range(len(text) + 1))
+        plain, at = text.lower(), range(len(text) + 1)
     else:
         starts = [i for i, letter in enumerate(text) if not i or not _continues(letter)]
         letters = [_folded(text[i:j]) for i, j in zip(starts, [*starts[1:], len(text)], strict=True)]
         plain = "".join(letters)
-        at = [i for i, letter in zip(starts, letters, strict=True) for _ in letter] + [len(text)]
+        at = (*(i for i, letter in zip(starts, letters, strict=True) for _ in letter), len(text))
     left_out = {i for m in GROUPED.finditer(plain) for i in range(*m.span()) if not plain[i].isdigit()}
     left_out |= {i for m in SPACES.finditer(plain) for i in range(m.start() + 1, m.end())}
     plain = SPACE.sub(" ", plain)
     if left_out:
-        at = [place for i, place in enumerate(at) if i not in left_out]
+        at = tuple(place for i, place in enumerate(at) if i not in left_out)
         plain = "".join(letter for i, letter in enumerate(plain) if i not in left_out)
     return plain, at
 
