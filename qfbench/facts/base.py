@@ -142,6 +142,8 @@ def flaw(text: str, empty: bool = False) -> str | None:
     """What is wrong with a text that no model should be asked, or None. It may be `empty` where nothing need be said."""
     if not visible(text) and (text or not empty):
         return "is empty" + (f" but for {text!r}" if text else "")
+    if text.isprintable():
+        return None
     if is_broken(text):
         return BROKEN
     control = next((letter for letter in text if category(letter) == "Cc" and not letter.isspace()), None)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import random
-from collections import ChainMap, Counter
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +13,11 @@ from types import UnionType
 from typing import Any, Literal
 
 from qfbench.errors import UserError
-from qfbench.facts.base import BROKEN, Fact, flaw, is_broken
+from qfbench.facts.base import Fact, flaw
 from qfbench.facts.matching import key
+from qfbench.facts.parsing import fault, parsed
 
 log = logging.getLogger(__name__)
-
-DEEPEST = 50  # levels of a record; no suite has ten
 
 
 @dataclass(frozen=True)
@@ -223,7 +220,7 @@ def json_lines(path: str, file: Path, unit: str, setting: str = "facts.path") ->
     records: list[Record | UserError] = []
     for number, (n, line) in enumerate(lines, 1):
         try:
-            records.append(_checked(_parsed(line), path, number if unit == "record" else n, unit))
+            records.append(_checked(parsed(line), path, number if unit == "record" else n, unit))
         except UserError as error:
             records.append(UserError(f"{path}, line {n}: {error}"))
     return records
@@ -244,7 +241,7 @@ def _read(path: str) -> list[Record | UserError]:
         return json_lines(path, file, "record")
     text = read_text(path, file)
     try:
-        raw = _parsed(text)
+        raw = parsed(text)
     except UserError as error:
         raise UserError(f"facts.path={path}: {error}") from error
     if not isinstance(raw, list):
@@ -256,62 +253,14 @@ def _may_be_on_the_hub(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and len(path) < 200 and not Path(path).exists()
 
 
-TWICE = object()  # the value of a field that an object names twice
-
-
-def _parsed(text: str) -> Any:
-    """What a JSON text holds. What JSON does not allow or Python would bend, `_checked` finds, which knows the field.
-
-    Raises:
-        UserError: it is no JSON, with the reason.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
-    except json.JSONDecodeError as error:
-        line = f" of line {error.lineno}" if error.lineno > 1 else ""
-        raise UserError(f"not valid JSON ({error.msg}, column {error.colno}{line})") from error
-    except RecursionError as error:
-        raise UserError("not valid JSON (nested too deeply)") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(name for name, _ in pairs)
-    return {name: value if counts[name] == 1 else TWICE for name, value in pairs}
-
-
-def _integer(digits: str) -> float:
-    return int(digits) if len(digits) < 300 else math.inf  # which no float holds either
-
-
 def _checked(values: Any, path: str, number: int, unit: str = "record") -> Record | UserError:
     """A record of JSON, or what is wrong with it whatever is read of it."""
-    fault = _fault(values, "", 0)
+    wrong = fault(values)
     record = Record(values, path, number, unit=unit)
-    if fault is None:
+    if wrong is None:
         return record
-    field, what = fault
+    field, what = wrong
     return record.error(field, what) if field else UserError(f"{record.where}: it {what}")
-
-
-def _fault(value: Any, field: str, depth: int) -> tuple[str, str] | None:
-    """The first field, at any depth, that is none, and what is wrong with it."""
-    if value is TWICE:
-        return field, "stands twice in one object; keep one of them"
-    if isinstance(value, float) and not math.isfinite(value):
-        return field, f"is {value}, which is no number of JSON, or too large a one"
-    if isinstance(value, str) and is_broken(value):
-        return field, BROKEN
-    if depth > DEEPEST:
-        return field, f"is nested too deeply, more than {DEEPEST} levels"
-    if isinstance(value, dict):
-        inner = [(f"{field}.{name}" if field else name, name, held) for name, held in value.items()]
-    else:
-        inner = [(f"{field}[{i}]", "", held) for i, held in enumerate(value)] if isinstance(value, list) else []
-    for place, name, held in inner:
-        fault = (place, f"has a name that {BROKEN}") if is_broken(name) else _fault(held, place, depth + 1)
-        if fault:
-            return fault
-    return None
 
 
 def check_templates(*fields: str, needs: str, **templates: str) -> None:
@@ -359,5 +308,6 @@ def _hub(name: str) -> list[Any]:
     try:
         splits = load_dataset(name)
     except Exception as error:  # the library raises a dozen kinds, by what the hub answers
-        raise UserError(f"facts.path={name}: no such file, and the hub gives no such data set ({error})") from error
+        why = " ".join(str(error).split())
+        raise UserError(f"facts.path={name}: no such file, and the hub gives no such data set ({why})") from error
     return [record for split in splits.values() for record in split]
