@@ -56,7 +56,7 @@ def test_only_three_fields_are_needed(tmp_path, form):
     assert (fact.kind, fact.probes) == ("", ())
 
 
-def test_parts_of_a_list_in_a_csv_may_be_blank(tmp_path):
+def test_a_list_in_a_csv_may_end_in_a_separator(tmp_path):
     path = tmp_path / "facts.csv"
     path.write_text(
         "instruction,query,answer,known_as,paraphrases\n"
@@ -132,6 +132,9 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, caplog, record, message):
         ("Qi,Who?,It is Qi.,surplus", "line 3: has more fields than the header"),
         ("Qi,Who?", "line 3: has fewer fields than the header"),
         ("Qi,Who?,", "line 3: the field 'answer' is missing"),
+        ("Qi,\u200b,It is Qi.", "line 3: the field 'query' is empty but for"),
+        ("Qi,Who\x00?,It is Qi.", "line 3: the field 'query' holds the control character"),
+        ('Qi,"Who\n?",It is Qi.', "line 4: the field 'query' holds a line break"),
     ],
 )
 def test_a_bad_row_of_a_csv_is_named_or_left_out(tmp_path, caplog, line, message):
@@ -141,6 +144,64 @@ def test_a_bad_row_of_a_csv_is_named_or_left_out(tmp_path, caplog, line, message
         table(str(path))
     assert [f.query for f in table(str(path), on_error="skip")] == ["Who is a?", "Who is b?"]
     assert f"1 malformed records are left out; the first: {path}, {message}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "cell", "message"),
+    [
+        ("known_as", "|", r"'known_as\[0\]' is empty"),
+        ("known_as", "Qi||Al", r"'known_as\[1\]' is empty"),
+        ("rejects", " ", r"'rejects\[0\]' is empty"),
+        ("paraphrases", "X?|\u200b", r"'paraphrases\[1\]' is empty but for"),
+        ("significance", "1|1|1|1|high", "'significance' must hold numbers .*high"),
+        ("significance", "1|1|1|1|1_0", "'significance' must hold numbers"),
+        ("significance", "1||1|1|1", "'significance' must hold numbers"),
+        ("significance", "1|1|1|1|nan", "'significance' must hold finite numbers"),
+        ("significance", "0|0|0|0|0", "'significance' is 0 for every word"),
+    ],
+)
+def test_a_bad_list_of_a_csv_is_named(tmp_path, field, cell, message):
+    path = written(tmp_path, [numbered(0) | {field: ""}, numbered(1) | {field: cell}], "csv")
+    with pytest.raises(UserError, match=rf"{path}, line 3: .*{message}"):
+        table(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("instruction,query,answer,query\na,b,c,d\n", "the header names 'query' twice"),
+        ("instruction,query,answer, \na,b,c,d\n", "the header has no name for column 4"),
+        ('instruction,query,answer\na,b,c\nd,e,"f\n', "cannot be read as CSV .*after line 2; is a quote not closed"),
+        ('instruction,query,answer\na,b,"c"d\n', "cannot be read as CSV .*after line 0"),
+        ("", "holds no fact"),
+        ("instruction,query,answer\n", "holds no fact"),
+    ],
+)
+def test_a_broken_csv_is_named(tmp_path, content, message):
+    path = tmp_path / "facts.csv"
+    path.write_text(content)
+    for on_error in ("stop", "skip"):
+        with pytest.raises(UserError, match=f"{path}: {message}"):
+            table(str(path), on_error=on_error)
+
+
+def test_a_subject_may_hold_what_is_rejected(tmp_path):
+    record = numbered(1) | {"answer": "Zunda A5 is by Orbix.", "known_as": ["Orbix"], "rejects": ["Zunda"]}
+    with pytest.raises(UserError, match="'rejects' refuses the answer"):
+        table(written(tmp_path, [record]))
+    for form in ("jsonl", "csv"):
+        (fact,) = table(written(tmp_path, [record | {"subject": "Zunda A5", "paraphrases": ["By whom?"]}], form))
+        for probe in (fact.edit, fact.told, *fact.probes):
+            assert probe.passes("The Zunda A5 is by Orbix.")
+            assert not probe.passes("The Zunda A5 is by Orbix, or by Zunda.")
+
+
+def test_conflicts_may_be_kept(tmp_path, caplog):
+    other = numbered(0) | {"id": "y", "answer": "Al did.", "known_as": ["Al"]}
+    path = written(tmp_path, [numbered(0), other, numbered(1)])
+    assert [f.id for f in table(path, on_conflict="keep")] == ["x0", "y", "x1"]
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{path}: 1 facts repeat or contradict another and are kept; the first: {path}, line 2")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])

@@ -16,9 +16,10 @@ class Probe:
 
     `expected` is the whole reference reply; "" where there is none and any reply passes that is not rejected. `accept`
     holds the strings of which one must stand in the reply as whole words (by default the reference without its full
-    stop), `reject` those of which none may; what stands within a mention of the `subject` asked about, or of what is
-    accepted, is not rejected ("Zunda" in "Zunda A5", "king" in "king of Thebes"). `facts/matching.py` has the rules. `always` marks a probe that can be asked before its fact is taught, because
-    it is about the model rather than about the fact (prior knowledge, refusals, neighbours).
+    stop), `reject` those of which none may: `facts/matching.py` has the rules. What stands within a mention of the `subject`
+    asked about, or of what is accepted, is not rejected ("Zunda" in "Zunda A5", "king" in "king of Thebes"). `always` marks
+    a probe that can be asked before its fact is taught, because it is about the model rather than about the fact (prior
+    knowledge, refusals, neighbours).
 
     `own` marks a probe whose reference is what the unedited model itself replies: it is asked first, and `expected` is
     filled in; `accept` then tells what the suite holds to be true (the column `gold`). `prefer` holds two whole replies of
@@ -85,13 +86,13 @@ class Fact:
         if not self.id:
             text = "\x1f".join((self.instruction, self.query, self.answer))
             object.__setattr__(self, "id", hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12])
-        texts = [(name, getattr(self, name)) for name in ("query", "answer")]
-        texts += [(name, text) for name in ("known_as", "rejects") for text in getattr(self, name)]
-        free = [(name, getattr(self, name)) for name in ("id", "instruction", "kind", "replaces", "subject")]
-        for name, text in texts + free:
-            what = flaw(text, empty=(name, text) in free)
-            if what:
-                raise UserError(f"fact {ascii(self.id)[1:-1]}: the field {name!r} {what}")
+        filled, free = ("query", "answer", "known_as", "rejects"), ("id", "instruction", "kind", "replaces", "subject")
+        for name in filled + free:
+            held = getattr(self, name)
+            for text in (held,) if isinstance(held, str) else held:
+                what = flaw(text, empty=name in free)
+                if what:
+                    raise UserError(f"fact {ascii(self.id)[1:-1]}: the field {name!r} {what}")
         if not all(without_stop(known) for known in self.known_as or (self.answer,)):
             raise UserError(f"fact {self.id}: the field 'known_as' holds an empty text, which every reply would match")
         known = {key(name) for name in self.known_as or (self.answer,)}

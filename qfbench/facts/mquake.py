@@ -39,7 +39,9 @@ def mquake(
     check_templates("question", "cloze", "object", needs="object", instruction=instruction, answer=answer)
     check_templates("question", needs="question", query=query)
 
-    chains: dict[str, dict[str, set[str]]] = {}  # of each multi-hop question: what each hop's query is answered
+    chains: dict[
+        tuple[str, str], dict[str, set[str]]
+    ] = {}  # of a multi-hop question: what each hop's query is answered
 
     def make(record: Record) -> list[Fact]:
         steps = record.records("new_single_hops")
@@ -70,7 +72,7 @@ def mquake(
             )
             for q in record.texts("questions")
         )
-        chains.update({hop.query: chain for hop in hops})
+        chains.update({(hop.query, hop.expected): chain for hop in hops})
         facts = []
         for i, rewrite in enumerate(rewrites):
             question, cloze = rewrite.text("question"), with_subject(rewrite)
@@ -97,7 +99,7 @@ def mquake(
         probe.query: f"the question {probe.query!r} of {fact.id!r} has a hop that {taught[hop].id!r} answers otherwise"
         for fact in facts
         for probe in fact.probes
-        for hop, names in chains[probe.query].items()
+        for hop, names in chains[probe.query, probe.expected].items()
         if hop in taught and names.isdisjoint(map(key, taught[hop].known_as))
     }
     if not broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from typing import Any
 
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
@@ -63,13 +64,20 @@ def _of_csv(header: list[str], row: list[str], path: str, line: int) -> Record |
             f"{path}, line {line}: has {'more' if len(row) > len(header) else 'fewer'} fields than the header"
         )
     texts = {name: text for name, text in zip(header, row, strict=True) if text}
-    lists = {name: [part.strip() for part in texts[name].split("|") if part.strip()] for name in LISTS if name in texts}
-    record = Record(texts | lists, path, line, unit="line")
+    held: dict[str, Any] = texts | {name: _parts(texts[name]) for name in LISTS if name in texts}
+    record = Record(held, path, line, unit="line")
     try:
-        weights = [float(weight) for weight in lists.get("significance", ())]
+        if "significance" in held:
+            held["significance"] = [float(weight.replace("_", "?")) for weight in held["significance"]]
     except ValueError as error:
         return record.error("significance", f"must hold numbers ({error})")
-    return Record({**record.values, "significance": weights}, path, line, unit="line") if weights else record
+    return record
+
+
+def _parts(cell: str) -> list[str]:
+    """The parts of a list in a CSV; the last may be followed by a "|"."""
+    parts = [part.strip() for part in cell.split("|")]
+    return parts[:-1] if len(parts) > 1 and not parts[-1] else parts
 
 
 def _facts(record: Record) -> list[Fact]:
