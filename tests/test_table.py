@@ -156,7 +156,7 @@ def test_a_bad_row_of_a_csv_is_named_or_left_out(tmp_path, caplog, line, message
         ("significance", "1|1|1|1|high", "'significance' must hold numbers .*high"),
         ("significance", "1|1|1|1|1_0", "'significance' must hold numbers"),
         ("significance", "1||1|1|1", "'significance' must hold numbers"),
-        ("significance", "1|1|1|1|nan", "'significance' must hold finite numbers"),
+        ("significance", "1|1|1|1|nan", r"'significance\[4\]' is nan"),
         ("significance", "0|0|0|0|0", "'significance' is 0 for every word"),
     ],
 )

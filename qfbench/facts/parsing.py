@@ -30,8 +30,10 @@ def parsed(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(name for name, _ in pairs)
-    return {name: value if counts[name] == 1 else TWICE for name, value in pairs}
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        values |= {name: TWICE for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+    return values
 
 
 def _integer(digits: str) -> float:

@@ -41,6 +41,13 @@ class Record:
     def error(self, field: str, what: str) -> UserError:
         return UserError(f"{self.where}: the field {self.prefix + field!r} {what}")
 
+    def check(self) -> None:
+        """Refuse what is no JSON anywhere in it, whatever is read of it."""
+        wrong = fault(self.values)
+        if wrong:
+            field, what = wrong
+            raise self.error(field, what) if field else UserError(f"{self.where}: it {what}")
+
     def text(self, field: str, empty: bool = False, breaks: Literal["refuse", "join", "keep"] = "refuse") -> str:
         """A text that can be asked. `join` makes one space of each run of white space.
 
@@ -146,6 +153,7 @@ def load(
         try:
             if isinstance(record, UserError):
                 raise record
+            record.check()
             made = make(record)
             again = next((fact.id for fact in made if fact.id in facts), None)
             if again is not None:
@@ -220,7 +228,7 @@ def json_lines(path: str, file: Path, unit: str, setting: str = "facts.path") ->
     records: list[Record | UserError] = []
     for number, (n, line) in enumerate(lines, 1):
         try:
-            records.append(_checked(parsed(line), path, number if unit == "record" else n, unit))
+            records.append(Record(parsed(line), path, number if unit == "record" else n, unit=unit))
         except UserError as error:
             records.append(UserError(f"{path}, line {n}: {error}"))
     return records
@@ -246,21 +254,11 @@ def _read(path: str) -> list[Record | UserError]:
         raise UserError(f"facts.path={path}: {error}") from error
     if not isinstance(raw, list):
         raise UserError(f"facts.path={path}: must hold a list of records")
-    return [_checked(values, path, number) for number, values in enumerate(raw, 1)]
+    return [Record(values, path, number) for number, values in enumerate(raw, 1)]
 
 
 def _may_be_on_the_hub(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and len(path) < 200 and not Path(path).exists()
-
-
-def _checked(values: Any, path: str, number: int, unit: str = "record") -> Record | UserError:
-    """A record of JSON, or what is wrong with it whatever is read of it."""
-    wrong = fault(values)
-    record = Record(values, path, number, unit=unit)
-    if wrong is None:
-        return record
-    field, what = wrong
-    return record.error(field, what) if field else UserError(f"{record.where}: it {what}")
 
 
 def check_templates(*fields: str, needs: str, **templates: str) -> None:

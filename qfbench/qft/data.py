@@ -67,6 +67,7 @@ def messages(path: str, batch: int, seed: int = 0) -> Texts:
 def _dialogue(record: Record | UserError) -> Dialogue:
     if isinstance(record, UserError):
         raise record
+    record.check()
     messages = record.records("messages")
     roles = [message.text("role") for message in messages]
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
