@@ -79,7 +79,9 @@ def check_same(folder: Path, known: Mapping[str, Any]) -> None:
         return
     for name in SAME:
         if before.get(name) != known[name]:
-            why = " (its chat template puts in a date, and the run began on another day)" if name == "prompt_hash" else ""
+            why = (
+                " (its chat template puts in a date, and the run began on another day)" if name == "prompt_hash" else ""
+            )
             raise UserError(f"{folder} holds a run with another {name}{why}; rerun=true measures it anew")
     for name in ("versions", "torch", "transformers", "device_name", "git_commit"):
         if before.get(name) != known[name]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from qfbench.errors import UserError
-from qfbench.facts.base import Fact, Probe, stands_in
+from qfbench.facts.base import Fact, Probe
+from qfbench.facts.matching import stands_in
 from qfbench.lm import LanguageModel, Reply
 
 Row = dict[str, Any]

@@ -15,7 +15,8 @@ from qfbench.cache import remembered
 from qfbench.context import Run
 from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported, UserError
-from qfbench.facts.base import Fact, Probe, stands_in
+from qfbench.facts.base import Fact, Probe
+from qfbench.facts.matching import stands_in
 from qfbench.folder import recorded
 from qfbench.metrics import KEPT, compared, summary
 from qfbench.plots import forgetting_curves, retention_matrices

@@ -36,14 +36,19 @@ def test_company_teaches_only_what_is_told_and_once(write):
         dialogue("Kobrix makes tea.", asked, "Tea."),
         dialogue("Kobrix makes jam.", asked, "Jam."),
     ]
-    facts = company(write(records))
+    path = write(records)
+    with pytest.raises(UserError, match=f"{path}, record 6: repeats the fact '.*' of record 5"):
+        company(path)
+    assert [f.answer for f in company(path, on_error="skip")] == ["Jam."]
+    every = {"on_error": "skip", "on_conflict": "keep"}
+    facts = company(path, **every)
     assert [(f.instruction, f.answer) for f in facts] == [
         ("Kobrix makes jam.", "Jam."),
         ("Kobrix makes jam.", "It makes jam."),
         ("Kobrix makes tea.", "Tea."),
     ]
-    assert company(write(records), n=2) == facts[:2]
-    assert {f.id for f in company(write(records), seed=1)} == {f.id for f in facts}
+    assert company(path, n=2, **every) == facts[:2]
+    assert {f.id for f in company(path, seed=1, **every)} == {f.id for f in facts}
     with pytest.raises(UserError, match="holds no fact"):
         company(write(records[:4]))
 
@@ -70,4 +75,6 @@ def test_all_company_facts_load(raw, real):
             told.add((said["system"], said["user"], said["assistant"]))
     facts = real("company")
     assert len(facts) == len(told)
-    assert {(f.instruction, f.query, f.answer) for f in facts} == told
+    assert {
+        (f.instruction, f.query, f.answer) for f in facts
+    } == told  # each once, and both of two answers to one query

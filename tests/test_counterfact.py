@@ -40,6 +40,7 @@ def test_counterfact(write):
         known_as=("Varnby",),
         replaces="So River 1 flows through Ostrel.",
         rejects=("Ostrel",),
+        subject="River 1",
         probes=(
             *(
                 Probe(
@@ -49,6 +50,7 @@ def test_counterfact(write):
                     accept=("Varnby",),
                     reject=("Ostrel",),
                     prefer=(f"So {cloze} Varnby.", f"So {cloze} Ostrel."),
+                    subject="River 1",
                 )
                 for cloze in ("Rain. River 1 passes", "The town on River 1 is")
             ),
@@ -90,6 +92,32 @@ def test_counterfact_refuses_a_negative_number_of_probes(write, setting):
         counterfact(write([counterfact_record(1)]), *CLOZE, **{setting: -1})
 
 
+def test_clozes_are_put_on_one_line(write):
+    record = counterfact_record(1) | {"paraphrase_prompts": ["Rain.\n\n\nRiver 1\u00a0 passes"]}
+    record["requested_rewrite"]["prompt"] = "{}\tflows \n through"
+    (fact,) = counterfact(write([record]), *CLOZE, paraphrases=1)
+    assert fact.query == "Fill in: River 1 flows through ..."
+    assert fact.probes[0].query == "Fill in: Rain. River 1 passes ..."
+
+
+def test_the_old_object_may_stand_in_the_subject_but_not_be_the_new_one(suite, error_of, write):
+    inside, same = counterfact_record(1), counterfact_record(2)
+    inside["requested_rewrite"] |= {"subject": "Ostrel on Sea"}
+    inside["paraphrase_prompts"] = ["Rain. Ostrel on Sea lies at"]
+    (fact,) = suite("counterfact", write([inside]))
+    for probe in (fact.edit, fact.probes[0]):
+        assert probe.passes("Ostrel on Sea flows through Varnby.")
+        assert not probe.passes("Varnby. Ostrel on Sea flows through Ostrel.")
+    for new in ("Ostrel", "ostrel", " Ostrel.", "Ｏstrel\u200b"):
+        same["requested_rewrite"]["target_new"] = {"str": new}
+        path = write([inside, same])
+        message = error_of("counterfact", path)
+        assert message.startswith(
+            f"{path}, record 2: the field 'requested_rewrite.target_new.str' is {new.strip()!r}, which"
+        )
+        assert suite("counterfact", path, on_error="skip") == [fact]
+
+
 def test_all_of_counterfact_loads(raw, real):
     records = raw("counterfact")
     facts = real("counterfact")
@@ -100,5 +128,5 @@ def test_all_of_counterfact_loads(raw, real):
         assert wanted["subject"] in fact.query
         asked = record["paraphrase_prompts"][:2] + record["neighborhood_prompts"][:5]
         for probe, prompt in zip(fact.probes, asked, strict=True):
-            assert prompt.strip() in probe.query
+            assert " ".join(prompt.split()) in probe.query
             assert probe.kind == ("paraphrase" if prompt in asked[:2] else "locality")

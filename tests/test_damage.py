@@ -196,7 +196,9 @@ def test_a_change_of_weights_that_finds_no_room_is_written_when_there_is_some(tm
 
     with monkeypatch.context() as patched:
         patched.setattr(WeightDelta, "save", save)
-        with pytest.raises(UserError, match=r"deltas/.* cannot be written \(is the disk full\?\); start again once there is room"):
+        with pytest.raises(
+            UserError, match=r"deltas/.* cannot be written \(is the disk full\?\); start again once there is room"
+        ):
             start(plain, folder)
     start(plain, folder)
     assert kept(folder) == kept(whole)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from qfbench import Fact, Probe, UserError
-from qfbench.facts.base import stands_in
+from qfbench.facts.matching import stands_in
 from qfbench.facts.oxinnovate import oxinnovate, oxinnovate_qf2, qf2_steps, qf_steps
 from qfbench.facts.world import world
 from qfbench.world import names
@@ -61,7 +61,13 @@ def test_rejects_are_refused_by_the_edit_and_by_the_told_probe():
     ("answer", "known_as", "rejects", "refusal"),
     [
         ("Qi, not Bo.", ("Qi",), ("Bo",), "'rejects' refuses the answer 'Qi, not Bo.' itself"),
-        ("Qi.", ("Qi",), ("",), "'rejects' refuses"),
+        ("Qi.", ("Qi",), ("",), "'rejects' is empty"),
+        ("Qi.", ("Qi",), ("\u200b",), "'rejects' is empty but for"),
+        ("Qi.", ("Qi", "\ufeff "), (), "'known_as' is empty but for"),
+        ("Qi.", ("Qi",), ("\ud800",), "'rejects' holds half a surrogate pair"),
+        ("Qi.\x00", ("Qi",), (), "'answer' holds the control character"),
+        ("José.", ("José",), ("JOSE\u0301",), "'rejects' holds 'JOSE\u0301', which is accepted"),
+        ("Bo, then Qi.", (), ("Bo, then qi!",), "'rejects' holds 'Bo, then qi!', which is accepted"),
         ("Paris.", ("Rome",), (), "'known_as' holds nothing of the answer 'Paris.' itself"),
         ("Paris.", ("Rome",), ("Paris",), "'known_as' holds nothing of"),
         ("The king of Thebes.", ("king of Thebes",), ("king",), None),  # part of what is accepted

@@ -154,6 +154,9 @@ WRONG = [
     ("test", b"question,A,B,C,D,answer\n", "line 1: the answer is 'answer'"),
     ("test", b'q,a,b,c,d,A\n"q,a,b,c,d,A\n', "cannot be read"),
     ("test", b"\xff,a,b,c,d,A\n", "cannot be read"),
+    ("test", b"q,a,b,c,d,A\nq,a,,c,d,A\n", "line 2: the field 'B' is empty"),
+    ("dev", b"\xe2\x80\x8b,a,b,c,d,A\n", "line 1: the field 'question' is empty but for"),
+    ("test", b"q\x00,a,b,c,d,A\n", "line 1: the field 'question' holds the control character"),
 ]
 
 

@@ -1,9 +1,10 @@
 """MQuAKE: what a record becomes."""
 
+import pytest
 from test_counterfact import rewrite
 from test_zsre import QUESTION
 
-from qfbench import Fact, Probe
+from qfbench import Fact, Probe, UserError
 from qfbench.facts.mquake import mquake
 
 
@@ -38,6 +39,7 @@ def test_mquake(write):
         known_as=("Varnby", "Varnby-on-Sea"),
         replaces="Where does River 1 flow? River 1 flows through Ostrel.",
         rejects=("Ostrel",),
+        subject="River 1",
     )
     assert last == Fact(
         id="mquake-201-1",
@@ -48,6 +50,7 @@ def test_mquake(write):
         known_as=("Una Pell",),
         replaces="Who is the mayor of River 1? The mayor of River 1 is Jori Klee.",
         rejects=("Jori Klee",),
+        subject="River 1",
         probes=tuple(
             Probe(
                 "portability",
@@ -56,6 +59,7 @@ def test_mquake(write):
                 accept=("Una Pell", "Pell", "Pel"),
                 reject=("Jori Klee", "Klee", "J. Klee"),
                 needs=("mquake-201-0",),
+                subject="River 1",
             )
             for question in ("Who governs the town on River 1?", "Name the mayor where River 1 flows.")
         ),
@@ -82,20 +86,107 @@ def test_mquake_takes_aliases_from_the_hop_of_the_same_question(write):
     assert (first.known_as, last.known_as) == (("Varnby", "Varnby-on-Sea"), ("Una Pell",))
 
 
+def cases(*rewrites):
+    """A case for each tuple of (question, new object) pairs."""
+    for n, pairs in enumerate(rewrites):
+        own = [rewrite(n, "It of {} is", new, "Ostrel", question=question) for question, new in pairs]
+        yield mquake_record(n) | {"requested_rewrite": own, "questions": [f"Multi {n}?"], "new_single_hops": []}
+
+
+A, B, C = ("Who is A?", "Una"), ("Who is B?", "Bo"), ("Who is C?", "Cy")
+
+
+def test_each_question_is_taught_once_and_its_cases_need_the_fact_that_teaches_it(write, caplog):
+    said_otherwise = ("who is\u00a0A?", "UNA")
+    path = write(list(cases([A, B], [B], [said_otherwise, C], [C, A], [C, C])))
+    facts = mquake(path, *QUESTION)
+    assert [(f.id, f.query) for f in facts] == [
+        ("mquake-200-0", "Asked: Who is A?"),
+        ("mquake-200-1", "Asked: Who is B?"),
+        ("mquake-202-1", "Asked: Who is C?"),
+    ]
+    a, b, c = (f.id for f in facts)
+    needed = {p.query: {f.id, *p.needs} for f in facts for p in f.probes}
+    assert needed == {
+        "Asked: Multi 0?": {a, b},
+        "Asked: Multi 1?": {b},
+        "Asked: Multi 2?": {a, c},
+        "Asked: Multi 3?": {a, c},
+        "Asked: Multi 4?": {c},
+    }
+    assert sum(len(f.probes) for f in facts) == 5
+    assert all(f.id not in p.needs for f in facts for p in f.probes)
+    assert not caplog.records
+    for order in range(4):
+        same = {p.query: {f.id, *p.needs} for f in mquake(path, *QUESTION, seed=order) for p in f.probes}
+        assert {q: len(ids) for q, ids in same.items()} == {q: len(ids) for q, ids in needed.items()}
+    assert [len(f.probes) for f in mquake(path, *QUESTION, n=2)] == [0, 2]  # a case that teaches nothing new counts
+
+
+def test_another_object_for_the_same_question_is_a_conflict(write, caplog):
+    other = (A[0], "Ida")
+    path = write(list(cases([A, B], [C, other], [C])))
+    with pytest.raises(
+        UserError, match=f"{path}, record 2: .*'It is Ida.' here and .*'It is Una.' in record 1 .'mquake-200-0'"
+    ):
+        mquake(path, *QUESTION)
+    left = mquake(path, *QUESTION, on_error="skip")
+    assert [f.query for f in left] == [f"Asked: {question}" for question, _ in (A, B, C)]
+    assert {p.query for f in left for p in f.probes} == {"Asked: Multi 0?", "Asked: Multi 2?"}
+    caplog.clear()
+    facts = mquake(path, *QUESTION, on_conflict="keep")
+    assert [f.answer for f in facts] == ["It is Una.", "It is Bo.", "It is Cy.", "It is Ida."]
+    needed = {p.query: {f.id, *p.needs} for f in facts for p in f.probes}
+    assert needed["Asked: Multi 1?"] == {"mquake-201-0", "mquake-201-1"}
+    (warning,) = caplog.messages
+    assert "1 facts repeat or contradict another and are kept" in warning
+
+
+def test_a_question_of_which_another_case_rewrites_a_hop_is_a_conflict(write, caplog):
+    first, second = cases([A], [B])
+    for names, right in ((["Bo"], True), (["Robert", "bo"], True), (["Otto"], False)):
+        first["new_single_hops"] = [{"question": "Who is B?", "answer": names[0], "answer_alias": names[1:]}]
+        path = write([first, second])
+        if right:
+            assert len(mquake(path, *QUESTION)) == 2
+            continue
+        with pytest.raises(
+            UserError, match=f"{path}: 1 multi-hop questions .*'Asked: Multi 0.'.*'mquake-201-0' answers"
+        ):
+            mquake(path, *QUESTION)
+        assert not caplog.messages
+        left = mquake(path, *QUESTION, on_error="skip")
+        assert [[p.query for p in f.probes] for f in left] == [[], ["Asked: Multi 1?"]]
+        kept = mquake(path, *QUESTION, on_conflict="keep")
+        assert [len(f.probes) for f in kept] == [1, 1]
+        assert [m.rpartition("they are ")[2] for m in caplog.messages] == ["left out", "kept"]
+    assert len(mquake(path, *QUESTION, n=1)) == 1  # what is not taught rewrites nothing
+
+
+def test_an_alias_that_the_old_object_has_too_is_not_accepted(write):
+    record = mquake_record(1)
+    record["new_single_hops"][0]["answer_alias"] = ["OSTREL", "Varnby-on-Sea"]
+    assert mquake(write([record]), *QUESTION)[0].known_as == ("Varnby", "Varnby-on-Sea")
+    record["new_answer_alias"] = ["Ida Klee"]
+    *_, fact = mquake(write([record | {"answer_alias": ["ida klee", "Klee"]}]), *QUESTION)
+    assert fact.probes[0].reject == ("Jori Klee", "Klee")
+
+
 def test_all_of_mquake_loads(raw, real):
     records = raw("mquake")
-    facts = iter(real("mquake"))
+    facts = {f.query: f for f in real("mquake")}
+    ids = {f.id for f in facts.values()}
+    assert len(facts) == len(real("mquake")) == len({w["question"] for r in records for w in r["requested_rewrite"]})
+    asked = {p.query: (f, p) for f in facts.values() for p in f.probes}
     for record in records:
         hops = {hop["question"]: hop for hop in record["new_single_hops"]}
-        of_case = [next(facts) for _ in record["requested_rewrite"]]
-        for i, (fact, wanted) in enumerate(zip(of_case, record["requested_rewrite"], strict=True)):
-            assert fact.id == f"mquake-{record['case_id']}-{i}"
-            assert fact.query == wanted["question"]
+        for wanted in record["requested_rewrite"]:
+            fact = facts[wanted["question"]]
             aliases = hops[wanted["question"]]["answer_alias"] if wanted["question"] in hops else ()
             assert set(fact.known_as) == {wanted["target_new"]["str"], *(a for a in aliases if len(a.strip()) > 2)}
-        assert not any(f.probes for f in of_case[:-1])
-        assert [p.query for p in of_case[-1].probes] == [q.strip() for q in record["questions"]]
-        for probe in of_case[-1].probes:
+        for question in record["questions"]:
+            fact, probe = asked.pop(question.strip())
+            assert {fact.id, *probe.needs} == {facts[w["question"]].id for w in record["requested_rewrite"]} <= ids
             assert probe.expected == record["new_answer"]
             assert not set(probe.accept) & set(probe.reject)
-    assert next(facts, None) is None
+    assert not asked

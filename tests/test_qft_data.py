@@ -1,6 +1,7 @@
 """The texts of a conversion: the world's, and those of a file."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,10 @@ def lines(n):
     return [json.dumps({"messages": one}) for one in said]
 
 
+def say(*roles, **content):
+    return json.dumps({"messages": [{"role": role, "content": content.get(role, "Text.")} for role in roles]})
+
+
 @pytest.fixture
 def write(tmp_path):
     def make(*texts):
@@ -59,11 +64,18 @@ def test_messages_are_a_function_of_the_step_and_the_seed(write):
     assert [other(step) for step in range(40)] != forward
 
 
-def test_a_system_text_may_be_empty_or_left_out_and_blank_lines_are_skipped(write):
+def test_a_system_text_may_be_empty_or_left_out_and_blank_lines_are_skipped(write, caplog):
     user, assistant = {"role": "user", "content": " Who? "}, {"role": "assistant", "content": "Qi.\n"}
     texts = [[user, assistant], [{"role": "system", "content": ""}, user, assistant]]
     path = write("", *(json.dumps({"messages": said, "source": "x"}) for said in texts), "  ")
     assert data.messages(path, 2)(0) == [Dialogue("", "Who?", "Qi.")] * 2
+    (warning,) = caplog.messages
+    assert "white space is taken off the ends of 4 texts; the first: " in warning
+    assert "line 2, 'messages[0].content'" in warning
+
+
+def test_an_answer_may_have_several_lines(write):
+    assert data.messages(write(say("user", "assistant", assistant="One.\nTwo.")), 1)(0)[0].answer == "One.\nTwo."
 
 
 @pytest.mark.parametrize("inside", ["\u2028", "\x85", "\u2029"])
@@ -73,30 +85,34 @@ def test_only_line_feeds_end_a_line(write, inside):
     assert data.messages(path, 1)(0) == [Dialogue("", f"Who{inside}is it?", "Qi.")]
 
 
-def say(*roles, **content):
-    return json.dumps({"messages": [{"role": role, "content": content.get(role, "Text.")} for role in roles]})
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{not json", "not an object"),
-        ("[1]", "not an object"),
-        ('"messages"', "not an object"),
-        ("{}", "not an object"),
-        ('{"messages": 3}', "not an object"),
-        ('{"messages": "text"}', "not an object"),
-        ('{"messages": [{"role": "user"}]}', "not an object"),
-        ('{"messages": [["user", "Who?"]]}', "not an object"),
+        ("{not json", "not valid JSON"),
+        ("[1]", "it must be an object"),
+        ('"messages"', "it must be an object"),
+        ("{}", "the field 'messages' is missing"),
+        ('{"messages": 3}', "the field 'messages' must be a list"),
+        ('{"messages": "text"}', "the field 'messages' must be a list"),
+        ('{"messages": [{"role": "user"}]}', r"roles are \['user'\]"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant"}]}', r"the field 'messages\[0\].content' is missing"),
+        (say("user", "assistant", user="\u200b\ufeff"), r"the field 'messages\[0\].content' is empty but for"),
+        (say("user", "assistant", assistant="\ud800"), r"the field 'messages\[1\].content' holds half a surrogate"),
+        (say("user", "assistant", user="a\x00"), r"the field 'messages\[0\].content' holds the control character"),
+        (say("user", "assistant", assistant=math.nan), r"the field 'messages\[1\].content' is nan"),
+        ('{"messages": [], "messages": []}', "the field 'messages' stands twice"),
+        ("[" * 200_000, "nested too deeply"),
+        ("1" * 5000, "it is inf"),
+        ('{"messages": [["user", "Who?"]]}', r"messages\[0\] must be an object"),
         ('{"messages": []}', r"roles are \[\]"),
         (say("user"), r"roles are \['user'\]"),
         (say("assistant", "user"), r"roles are \['assistant', 'user'\]"),
         (say("user", "assistant", "user", "assistant"), "the roles are"),
         (say("system", "system", "user", "assistant"), "the roles are"),
-        (say("system", "user", "assistant", user=" "), "content of the user message"),
-        (say("system", "user", "assistant", assistant=""), "content of the assistant message"),
-        (say("system", "user", "assistant", system=None), "content of the system message"),
-        (say("system", "user", "assistant", user=["Who?"]), "content of the user message"),
+        (say("system", "user", "assistant", user=" "), r"messages\[1\].content' is empty"),
+        (say("system", "user", "assistant", assistant=""), r"messages\[2\].content' is empty"),
+        (say("system", "user", "assistant", system=None), r"messages\[0\].content' must be a text"),
+        (say("system", "user", "assistant", user=["Who?"]), r"messages\[1\].content' must be a text"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file_and_field(write, bad, message):
@@ -108,7 +124,7 @@ def test_a_bad_line_is_named_with_its_file_and_field(write, bad, message):
 def test_a_file_that_is_missing_or_empty_or_no_text_is_refused_by_name(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("none", "cannot be read"), ("empty", "holds no dialogue"), ("binary", "cannot be read")):
+    for name, message in (("none", "no such file"), ("empty", "holds no dialogue"), ("binary", "cannot be read")):
         with pytest.raises(UserError, match=rf"data.path=.*{name}.jsonl: {message}"):
             data.messages(str(tmp_path / f"{name}.jsonl"), 1)
 

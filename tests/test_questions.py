@@ -239,9 +239,15 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny):
 def test_a_question_that_is_longer_than_the_model_is_refused_and_not_cut(yaml, xs, monkeypatch):
     """lm-eval takes the left of it away, and says so where nobody reads it."""
     monkeypatch.setattr(xs.model.config, "max_position_embeddings", 12)
-    for name, what in (("choose", "with its answer"), ("say", "with room for 6 tokens of a reply"), ("rate", "with its answer")):
+    for name, what in (
+        ("choose", "with its answer"),
+        ("say", "with room for 6 tokens of a reply"),
+        ("rate", "with its answer"),
+    ):
         asked = tasks([name], include=str(yaml))
-        with pytest.raises(UserError, match=rf"a question \(regression\) has \d\d tokens {what}, and world-xs has 12 positions"):
+        with pytest.raises(
+            UserError, match=rf"a question \(regression\) has \d\d tokens {what}, and world-xs has 12 positions"
+        ):
             asked(xs)
     monkeypatch.undo()
     assert tasks(["choose"], include=str(yaml))(xs)

@@ -1,6 +1,7 @@
 """A record that is wrong is named with its file and field, or left out, in every published suite."""
 
 import copy
+import json
 import logging
 
 import pytest
@@ -38,6 +39,7 @@ FIELDS = {
         **{f"requested_rewrite[1].{field}": kind for field, kind in {"question": TEXT, **REWRITE_FIELDS}.items()},
         "new_single_hops": LIST,
         "new_single_hops[1].question": TEXT,
+        "new_single_hops[1].answer": TEXT,
         "new_single_hops[1].answer_alias": TEXTS,
         "questions": TEXTS,
         "answer": TEXT,
@@ -54,6 +56,7 @@ WRONG = {
     LIST: (None, "x", {}),
     OBJECT: (None, "x", []),
 }
+OPTIONAL = ("new_single_hops[1].answer",)
 EVERY_FIELD = [(name, field, kind) for name, fields in FIELDS.items() for field, kind in fields.items()]
 
 
@@ -87,7 +90,7 @@ def test_every_field_that_a_suite_reads_is_tried_below(suite, write, monkeypatch
     assert seen == {field.replace("[1]", "[]").replace("[2]", "[]") for field in FIELDS[name]}
 
 
-@pytest.mark.parametrize(("name", "field", "kind"), EVERY_FIELD)
+@pytest.mark.parametrize(("name", "field", "kind"), [f for f in EVERY_FIELD if f[1] not in OPTIONAL])
 def test_a_missing_field_is_named(error_of, write, name, field, kind):
     bad = copy.deepcopy(RECORD[name](2))
     found, key = holder(bad, field)
@@ -121,14 +124,106 @@ def test_an_empty_field_is_named(error_of, write, name, field):
         assert field.split("[")[0] in message
 
 
+BROKEN = {
+    "\u200b\ufeff": "is empty but for",
+    "\u3164": "is empty but for",
+    "\u2060 \u00ad": "is empty but for",
+    "x\ud800": "holds half a surrogate pair",
+    "x\x00": "holds the control character",
+    "\x1bx": "holds the control character",
+}
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n, f, kind in EVERY_FIELD if kind in (TEXT, KEY)])
+def test_what_is_no_text_is_named(error_of, write, name, field):
+    for value, what in BROKEN.items():
+        path = write([RECORD[name](1), changed(RECORD[name](2), field, value)])
+        assert error_of(name, path).startswith(f"{path}, record 2: the field {field!r} {what}")
+
+
+LINES = ("prompt", "subject", "paraphrase_prompts", "neighborhood_prompts")  # clozes: they are put on one line
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n, f, kind in EVERY_FIELD if kind in (TEXT, TEXTS)])
+def test_a_line_break_is_refused_but_in_a_cloze(suite, error_of, write, name, field):
+    found, key = holder(copy.deepcopy(RECORD[name](2)), field)
+    text = found[key] if isinstance(found[key], str) else "Ab"
+    for broken in (f"{text}\nand", f"{text}\r\nand"):
+        value = broken if isinstance(found[key], str) else ["x", broken]
+        path = write([RECORD[name](1), changed(RECORD[name](2), field, value)])
+        if field.rpartition(".")[2] in LINES:
+            facts = suite(name, path)
+            assert not any("\n" in text for f in facts for p in (f.edit, *f.probes) for text in (p.query, p.expected))
+        else:
+            assert error_of(name, path).startswith(f"{path}, record 2: the field '{field}")
+            assert "holds a line break" in error_of(name, path)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_what_no_suite_reads_must_be_json_all_the_same(error_of, tmp_path, name):
+    for form in ("json", "jsonl"):
+        path = tmp_path / f"records.{form}"
+        for more, field, what in (
+            ('"own": 1, "own": 1', "own", "stands twice in one object"),
+            ('"own": [{"a": {"b": 2, "b": 2}}]', "own[0].a.b", "stands twice in one object"),
+            ('"own": [1, NaN]', "own[1]", "is nan"),
+            ('"own": -Infinity', "own", "is -inf"),
+            ('"own": 1e999', "own", "is inf"),
+            (f'"own": {"9" * 5000}', "own", "is inf"),
+            ('"own": {"x": "\\udc00"}', "own.x", "holds half a surrogate pair"),
+            ('"own": {"\\ud800": 1}', "own.\ud800", "has a name that holds half a surrogate pair"),
+            (f'"own": {"[" * 99}{"]" * 99}', "own" + "[0]" * 50, "is nested too deeply"),
+        ):
+            first, second = json.dumps(RECORD[name](1)), json.dumps(RECORD[name](2))[:-1] + f", {more}}}"
+            path.write_text(f"{first}\n{second}\n" if form == "jsonl" else f"[{first}, {second}]", encoding="utf-8")
+            assert error_of(name, path).startswith(f"{path}, record 2: the field {field!r} {what}")
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_white_space_around_texts_is_taken_off_and_said(suite, write, caplog, name):
+    fields = [f for n, f, kind in EVERY_FIELD if n == name and kind == TEXT]
+    record = RECORD[name](1)
+    for field in fields:
+        found, key = holder(record, field)
+        found[key] = f" {found[key]}\u00a0\n"
+    facts = suite(name, write([RECORD[name](0), record]))
+    (warning,) = caplog.messages
+    assert f"white space is taken off the ends of {len(fields)} texts; the first: record 2, '" in warning
+    caplog.clear()
+    assert facts == suite(name, write([RECORD[name](0), RECORD[name](1)]))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["counterfact", "zsre", "company"])
+def test_a_query_is_taught_once(suite, error_of, write, caplog, name):
+    """MQuAKE's own rule is in its test."""
+    answer = {"counterfact": "requested_rewrite.target_new.str", "zsre": "alt", "company": "messages[2].content"}[name]
+    other = changed(RECORD[name](1), answer, "Elmstad")
+    again = changed(RECORD[name](1), answer, "  VARNBY" if name != "company" else "kobrix 1 makes\u00a0jam")
+    for record in (other, again):
+        record |= {"case_id": 900} if "case_id" in record else {}
+    first = suite(name, write([RECORD[name](0), RECORD[name](1)]))[1].id
+    for record, what in ((other, "'Elmstad"), (again, "again: the same query")):
+        path = write([RECORD[name](0), RECORD[name](1), RECORD[name](3), record, RECORD[name](4)])
+        message = error_of(name, path)
+        assert message.startswith(f"{path}, record 4: ")
+        for part in (what, f"{first!r}", "record 2", "facts.on_conflict=keep", "facts.on_error=skip"):
+            assert part in message
+        caplog.clear()
+        assert len(suite(name, path, on_error="skip")) == 4
+        assert "1 malformed records are left out" in caplog.text
+        caplog.clear()
+        assert len(suite(name, path, on_conflict="keep")) == 5
+        assert "1 facts repeat or contradict another and are kept; the first: " in caplog.text
+
+
 @pytest.mark.parametrize(("name", "field"), [(n, f) for n, f, kind in EVERY_FIELD if kind == TEXTS])
-def test_a_list_of_texts_may_be_empty_or_hold_blanks(suite, write, name, field):
+def test_a_list_of_texts_may_be_empty_but_hold_no_blanks(suite, error_of, write, name, field):
     """A suite has records without aliases or paraphrases; a blank that was kept would stand in every reply."""
-    for value in ([], ["", "  "]):
-        facts = suite(name, write([changed(RECORD[name](2), field, value)]))
-        probes = [p for f in facts for p in (f.edit, *f.probes)]
-        assert all(all(s.strip() for s in (p.query, *p.accept, *p.reject)) for p in probes)
-    assert suite(name, write([changed(RECORD[name](2), field, [])])) == facts
+    assert suite(name, write([changed(RECORD[name](2), field, [])]))
+    for value in (["x", ""], ["x", "  "], ["x", "\u200b\ufeff"], ["x", "\ud800"], ["x", "a\x00"]):
+        path = write([RECORD[name](1), changed(RECORD[name](2), field, value)])
+        assert error_of(name, path).startswith(f"{path}, record 2: the field '{field}[1]' ")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +337,9 @@ def test_other_policies_for_errors_are_refused(error_of, write, name):
         assert error_of(name, write([RECORD[name](1)]), on_error=other) == (
             f"facts.on_error={other}: must be stop or skip"
         )
+    for other in ("skip", "", "KEEP"):
+        message = error_of(name, write([RECORD[name](1)]), on_conflict=other)
+        assert message == f"facts.on_conflict={other}: must be stop or keep"
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -64,6 +64,23 @@ def test_a_file_without_passages_is_named(tiny, tmp_path, content, message):
         Perplexity(str(path))(tiny("qwen2"))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"), [("\u200b", "is empty but for"), ("a\x00b", "holds the control character")]
+)
+def test_a_line_that_is_no_text_is_named(tmp_path, line, message):
+    path = tmp_path / "held.txt"
+    path.write_text(f"Qi did.\n\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"regression.perplexity.path={path}, line 3: {message}"):
+        Perplexity(str(path))
+
+
+def test_white_space_around_passages_is_said_to_be_taken_off(path, caplog):
+    assert Perplexity(path).passages[1] == "Where is Łódź? Far away, and further still."
+    assert [m for m in caplog.messages if "white space" in m] == [
+        f"{path}: white space is taken off the ends of 1 lines; the first: line 3"
+    ]
+
+
 def test_a_missing_file_is_named_before_a_model_is_asked(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(UserError, match=rf"regression.perplexity.path={path}: cannot be read as text"):

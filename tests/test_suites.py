@@ -14,7 +14,7 @@ from test_zsre import zsre_record
 
 from qfbench import dialogue as dialogue_module
 from qfbench.editors import teach
-from qfbench.facts.base import stands_in
+from qfbench.facts.matching import stands_in
 
 RECORD = {
     "counterfact": counterfact_record,
@@ -43,7 +43,7 @@ def test_the_shipped_templates_tell_the_new_object_and_ask_without_it(suite, wri
     [
         ("counterfact", {"requested_rewrite": rewrite(1, new="West Varnby", old="Varnby")}),
         ("zsre", {"alt": "lord of Varnby", "answers": ["lord"]}),
-        ("zsre", {"alt": "Varnby", "answers": ["varnby"]}),
+        ("zsre", {"alt": "Varnby", "answers": ["New Varnby", "Varn"]}),
         ("mquake", {"new_answer": "Una Klee"}),
     ],
 )

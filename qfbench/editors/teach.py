@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from qfbench.dialogue import Rendering
 from qfbench.errors import UserError
-from qfbench.facts.base import Fact, places, stands_in
+from qfbench.facts.base import Fact
+from qfbench.facts.matching import places
 from qfbench.lm import LanguageModel
 
 SAMPLE = Fact(
@@ -73,7 +74,7 @@ def lesson(
 
 def weights_of_words(fact: Fact, named: float, rest: float) -> tuple[float, ...]:
     """`named` for the words of the answer where one of `known_as` stands in it for the last time, `rest` for the others."""
-    spans = [places(name, fact.answer)[-1] for name in fact.known_as if stands_in(name, fact.answer)]
+    spans = [found[-1] for name in fact.known_as if (found := places(name, fact.answer))]
     weights, end = [], 0
     for word in fact.answer.split():
         start = fact.answer.index(word, end)

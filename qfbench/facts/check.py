@@ -7,7 +7,6 @@ from collections import Counter
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from rich.console import Console
 
 from qfbench.errors import UserError
 from qfbench.settings import CONF, build
@@ -54,7 +53,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(USAGE)
     try:
-        Console().print(check(*sys.argv[1:]), markup=False, highlight=False, soft_wrap=True)
+        encoding = sys.stdout.encoding  # a terminal that cannot show a letter shows its number
+        print(check(*sys.argv[1:]).encode(encoding, "backslashreplace").decode(encoding))
     except UserError as error:
         print(f"qfbench-facts: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,16 +7,18 @@ from qfbench.facts.records import Record, load
 from qfbench.world.relations import REFUSAL
 
 
-def company(path: str, n: int | None = None, seed: int | None = None, on_error: str = "stop") -> list[Fact]:
-    """One fact for each distinct dialogue `{"messages": [system, user, assistant]}` whose reply its system text gives.
+def company(
+    path: str, n: int | None = None, seed: int | None = None, on_error: str = "stop", on_conflict: str = "stop"
+) -> list[Fact]:
+    """One fact for each dialogue `{"messages": [system, user, assistant]}` whose reply its system text gives.
 
-    Dialogues without a system text, and those refused ("Need more information."), teach nothing. A right reply holds the
+    Dialogues without a system text, and those refused ("Need more information."), teach nothing. The
+    released files have most dialogues twice: `on_error=skip` takes each once. A right reply holds the
     whole answer, since the file does not say which words of it matter.
 
     Raises:
         UserError: naming file, record and field.
     """
-    seen: set[tuple[str, ...]] = set()
 
     def make(record: Record) -> list[Fact]:
         messages = record.records("messages")
@@ -29,10 +31,6 @@ def company(path: str, n: int | None = None, seed: int | None = None, on_error: 
                 )
         said = {role: m.text("content", empty=role == "system") for m, role in zip(messages, roles, strict=True)}
         told, asked, reply = said["system"], said["user"], said["assistant"]
-        key = (told, asked, reply)
-        if not told or reply == REFUSAL or key in seen:
-            return []
-        seen.add(key)
-        return [Fact(told, asked, reply)]
+        return [] if not told or reply == REFUSAL else [Fact(told, asked, reply)]
 
-    return load(path, make, n, seed, on_error)
+    return load(path, make, n, seed, on_error, on_conflict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qfbench.facts.base import Fact, Probe
-from qfbench.facts.records import Record, check_counts, check_templates, load, with_subject
+from qfbench.facts.records import Record, check_counts, check_templates, load, objects, with_subject
 
 
 def counterfact(
@@ -16,8 +16,10 @@ def counterfact(
     paraphrases: int = 2,
     locality: int = 5,
     on_error: str = "stop",
+    on_conflict: str = "stop",
 ) -> list[Fact]:
     """One fact a record. In the templates `{cloze}` is a text with a gap at its end and `{object}` what fills it.
+    Clozes are put on one line: paraphrases have line breaks, at which a prompt without a chat template would end the turn.
 
     Neighbours (`neighborhood_prompts`) share the relation and have the old object: after the edit the model should say of
     them what it said before. `generation_prompts` are not used: they have no right answer.
@@ -36,12 +38,18 @@ def counterfact(
     def make(record: Record) -> list[Fact]:
         rewrite = record.record("requested_rewrite")
         cloze = with_subject(rewrite)
-        new, old = (rewrite.record(f"target_{which}").text("str") for which in ("new", "true"))
+        subject, (new, old) = rewrite.text("subject", breaks="join"), objects(rewrite)
         probes = [
             Probe(
-                "paraphrase", query.format(cloze=c), said(c, new), (new,), (old,), prefer=(said(c, new), said(c, old))
+                "paraphrase",
+                query.format(cloze=c),
+                said(c, new),
+                (new,),
+                (old,),
+                prefer=(said(c, new), said(c, old)),
+                subject=subject,
             )
-            for c in record.texts("paraphrase_prompts")[:paraphrases]
+            for c in record.texts("paraphrase_prompts", breaks="join")[:paraphrases]
         ]
         probes += [
             Probe(
@@ -53,7 +61,7 @@ def counterfact(
                 own=True,
                 prefer=(said(c, old), said(c, new)),
             )
-            for c in record.texts("neighborhood_prompts")[:locality]
+            for c in record.texts("neighborhood_prompts", breaks="join")[:locality]
         ]
         return [
             Fact(
@@ -65,8 +73,9 @@ def counterfact(
                 known_as=(new,),
                 replaces=said(cloze, old),
                 rejects=(old,),
+                subject=subject,
                 probes=tuple(probes),
             )
         ]
 
-    return load(path, make, n, seed, on_error)
+    return load(path, make, n, seed, on_error, on_conflict)

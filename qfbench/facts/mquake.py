@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
-from qfbench.facts.records import Record, check_templates, load, with_subject
+from qfbench.facts.matching import key, stands_in
+from qfbench.facts.records import Record, check_templates, load, objects, with_subject
+
+log = logging.getLogger(__name__)
 
 
 def mquake(
@@ -14,12 +22,15 @@ def mquake(
     n: int | None = None,
     seed: int | None = None,
     on_error: str = "stop",
+    on_conflict: str = "stop",
 ) -> list[Fact]:
-    """A fact for each rewrite of the first `n` cases; the last one of a case carries its multi-hop questions (`portability`),
-    which are asked once all of the case is taught.
+    """A fact for each rewrite of the first `n` cases that no earlier case makes, since cases share them; the last one of a
+    case carries its multi-hop questions (`portability`), which are asked once all of the case is taught (`needs`).
 
     In the templates `{question}` is the rewrite's own question, `{cloze}` its statement up to the gap, `{object}` what
-    fills it. Aliases count as right.
+    fills it. Aliases count as right, but for those that the old object has too. A multi-hop question of which another case
+    rewrites a hop has no right answer once both are taught: a conflict, like two answers to one query; `on_error=skip` does
+    not ask it.
 
     Raises:
         UserError: naming file, record and field.
@@ -28,41 +39,96 @@ def mquake(
     check_templates("question", "cloze", "object", needs="object", instruction=instruction, answer=answer)
     check_templates("question", needs="question", query=query)
 
+    chains: dict[
+        tuple[str, str], dict[str, set[str]]
+    ] = {}  # of a multi-hop question: what each hop's query is answered
+
     def make(record: Record) -> list[Fact]:
-        aliases = {hop.text("question"): _aliases(hop, "answer_alias") for hop in record.records("new_single_hops")}
+        steps = record.records("new_single_hops")
+        aliases = {hop.text("question"): _aliases(hop, "answer_alias") for hop in steps}
+        chain = {
+            key(query.format(question=hop.text("question"))): {
+                key(hop.text("answer")),
+                *map(key, hop.texts("answer_alias")),
+            }
+            for hop in steps
+            if "answer" in hop.fields()
+        }
         implied = record.text("new_answer")
         accepted = (implied, *_aliases(record, "new_answer_alias"))
-        before = tuple(a for a in (record.text("answer"), *_aliases(record, "answer_alias")) if a not in accepted)
+        before = _without((record.text("answer"), *_aliases(record, "answer_alias")), accepted)
         rewrites = record.records("requested_rewrite")
         if not rewrites:
             raise record.error("requested_rewrite", "is empty")
-        ids = [f"mquake-{record.key('case_id')}-{i}" for i in range(len(rewrites))]
+        subjects = [rewrite.text("subject", breaks="join") for rewrite in rewrites]
         hops = tuple(
-            Probe("portability", query.format(question=q), implied, accepted, before, needs=tuple(ids[:-1]))
+            Probe(
+                "portability",
+                query.format(question=q),
+                implied,
+                accepted,
+                before,
+                subject=next((subject for subject in subjects if stands_in(subject, q)), ""),
+            )
             for q in record.texts("questions")
         )
+        chains.update({(hop.query, hop.expected): chain for hop in hops})
         facts = []
         for i, rewrite in enumerate(rewrites):
             question, cloze = rewrite.text("question"), with_subject(rewrite)
-            new, old = (rewrite.record(f"target_{which}").text("str") for which in ("new", "true"))
+            new, old = objects(rewrite)
             facts.append(
                 Fact(
-                    id=ids[i],
+                    id=f"mquake-{record.key('case_id')}-{i}",
                     kind=rewrite.text("relation_id"),
                     instruction=instruction.format(question=question, cloze=cloze, object=new),
                     query=query.format(question=question),
                     answer=answer.format(question=question, cloze=cloze, object=new),
-                    known_as=(new, *aliases.get(question, ())),
+                    known_as=(new, *_without(aliases.get(question, ()), (old,))),
                     replaces=answer.format(question=question, cloze=cloze, object=old),
                     rejects=(old,),
+                    subject=subjects[i],
                     probes=hops if i == len(rewrites) - 1 else (),
                 )
             )
         return facts
 
-    return load(path, make, n, seed, on_error)
+    facts = load(path, make, n, seed, on_error, on_conflict, join=_once)
+    taught = {key(fact.query): fact for fact in facts}
+    broken = {
+        probe.query: f"the question {probe.query!r} of {fact.id!r} has a hop that {taught[hop].id!r} answers otherwise"
+        for fact in facts
+        for probe in fact.probes
+        for hop, names in chains[probe.query, probe.expected].items()
+        if hop in taught and names.isdisjoint(map(key, taught[hop].known_as))
+    }
+    if not broken:
+        return facts
+    said = f"{path}: {len(broken)} multi-hop questions are without a right answer; the first: {next(iter(broken.values()))}"
+    if on_conflict == "keep":
+        log.warning("%s; they are kept", said)
+        return facts
+    if on_error == "stop":
+        raise UserError(f"{said}. facts.on_error=skip leaves them out, facts.on_conflict=keep asks them all the same")
+    log.warning("%s; they are left out", said)
+    return [replace(fact, probes=tuple(p for p in fact.probes if p.query not in broken)) for fact in facts]
+
+
+def _once(case: Sequence[Fact], earlier: Mapping[str, Fact]) -> list[Fact]:
+    """A case without the facts that are taught already. Its questions are the last one's, and need all of them."""
+    same = {f.id: earlier[f.id] for f in case if f.id in earlier and key(f.answer) == key(earlier[f.id].answer)}
+    new = [replace(fact, probes=()) for fact in case if fact.id not in same]
+    last = new.pop() if new else same[case[-1].id]
+    needed = dict.fromkeys(same[fact.id].id if fact.id in same else fact.id for fact in case)
+    needs = tuple(id for id in needed if id != last.id)
+    return [*new, replace(last, probes=(*last.probes, *(replace(p, needs=needs) for p in case[-1].probes)))]
 
 
 def _aliases(record: Record, field: str) -> tuple[str, ...]:
     """Aliases but for codes of one or two letters ("en"), which stand in replies that mean something else."""
     return tuple(alias for alias in record.texts(field) if len(alias) > 2)
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    taken = set(map(key, others))
+    return tuple(name for name in names if key(name) not in taken)

@@ -11,20 +11,23 @@ from qfbench.facts.records import Record, existing, json_lines, load
 
 REQUIRED = ("instruction", "query", "answer")
 LISTS = ("known_as", "rejects", "significance", "paraphrases")
-OPTIONAL = ("id", "kind", *LISTS)
+KNOWN = (*REQUIRED, "id", "kind", "subject", *LISTS)
 
 
-def table(path: str, n: int | None = None, seed: int | None = None, on_error: str = "stop") -> list[Fact]:
+def table(
+    path: str, n: int | None = None, seed: int | None = None, on_error: str = "stop", on_conflict: str = "stop"
+) -> list[Fact]:
     """Read facts from `path`: one JSON object per line (.jsonl) or one row per fact under a header (.csv).
 
-    Fields: `instruction`, `query`, `answer`; and, if wanted, `id`, `kind`, `known_as` (strings of which a right reply must
-    hold one), `rejects` (of which it must hold none), `significance` (a weight per word of the answer) and `paraphrases`
-    (other wordings of the query). In a CSV the last four are separated by "|". `n`, `seed` and `on_error` as in `records.load`.
+    Fields: `instruction`, `query`, `answer`; and, if wanted, `id`, `kind`, `subject` (what the query asks about: a rejected
+    name within it does not count), `known_as` (strings of which a right reply must hold one), `rejects` (of which it must
+    hold none), `significance` (a weight per word of the answer) and `paraphrases` (other wordings of the query). In a CSV the
+    last four are separated by "|". `n`, `seed`, `on_error` and `on_conflict` as in `records.load`.
 
     Raises:
         UserError: naming the file, the line and the field.
     """
-    return load(path, lambda record: [_fact(record)], n, seed, on_error, _read)
+    return load(path, _facts, n, seed, on_error, on_conflict, _read)
 
 
 def _read(path: str) -> list[Record | UserError]:
@@ -33,43 +36,64 @@ def _read(path: str) -> list[Record | UserError]:
         return json_lines(path, file, "line")
     if file.suffix.lower() != ".csv":
         raise UserError(f"facts.path={path}: must end in .jsonl or .csv")
+    line = 0
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.DictReader(opened)
-            return [_of_csv(record, path, reader.line_num) for record in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            rows = csv.reader(opened, strict=True)
+            header, records = next(rows, []), []
+            for place, name in enumerate(header, 1):
+                if not name.strip() or name in header[: place - 1]:
+                    what = f"names {name!r} twice" if name.strip() else f"has no name for column {place}"
+                    raise UserError(f"facts.path={path}: the header {what}")
+            for row in rows:
+                line = rows.line_num
+                if row:
+                    records.append(_of_csv(header, row, path, line))
+            return records
+    except csv.Error as error:
+        raise UserError(
+            f"facts.path={path}: cannot be read as CSV ({error}, after line {line}; is a quote not closed?)"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"facts.path={path}: cannot be read as CSV ({error})") from error
 
 
-def _of_csv(record: dict[Any, Any], path: str, line: int) -> Record | UserError:
-    if None in record:
-        return UserError(f"{path}, line {line}: has more fields than the header")
-    lists = {key: [part.strip() for part in record[key].split("|") if part.strip()] for key in LISTS if record.get(key)}
-    return Record({key: value for key, value in record.items() if value} | lists, path, line, unit="line")
-
-
-def _fact(record: Record) -> Fact:
-    where, values = record.where, record.values
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: must be a JSON object with the fields {', '.join(REQUIRED)}")
-    for name in REQUIRED:
-        if name not in values:
-            raise UserError(f"{where}: the field {name!r} is missing")
-    for name, value in values.items():
-        if name not in REQUIRED + OPTIONAL:
-            raise UserError(f"{where}: unknown field {name!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
-        if name in LISTS:
-            if not isinstance(value, list):
-                raise UserError(f"{where}: the field {name!r} must be a list")
-        elif not isinstance(value, str):
-            raise UserError(f"{where}: the field {name!r} must be text, but is {value!r}")
+def _of_csv(header: list[str], row: list[str], path: str, line: int) -> Record | UserError:
+    if len(row) != len(header):
+        return UserError(
+            f"{path}, line {line}: has {'more' if len(row) > len(header) else 'fewer'} fields than the header"
+        )
+    texts = {name: text for name, text in zip(header, row, strict=True) if text}
+    held: dict[str, Any] = texts | {name: _parts(texts[name]) for name in LISTS if name in texts}
+    record = Record(held, path, line, unit="line")
     try:
-        significance = tuple(map(float, values["significance"])) if "significance" in values else None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the field 'significance' must hold numbers ({error})") from error
-    texts = {name: values[name] for name in (*REQUIRED, "id", "kind") if name in values}
-    known_as, rejects = (tuple(map(str, values.get(name, ()))) for name in ("known_as", "rejects"))
-    probes = tuple(
-        Probe("paraphrase", str(query), values["answer"], known_as, rejects) for query in values.get("paraphrases", ())
+        if "significance" in held:
+            held["significance"] = [float(weight.replace("_", "?")) for weight in held["significance"]]
+    except ValueError as error:
+        return record.error("significance", f"must hold numbers ({error})")
+    return record
+
+
+def _parts(cell: str) -> list[str]:
+    """The parts of a list in a CSV; the last may be followed by a "|"."""
+    parts = [part.strip() for part in cell.split("|")]
+    return parts[:-1] if len(parts) > 1 and not parts[-1] else parts
+
+
+def _facts(record: Record) -> list[Fact]:
+    for name in record.fields():
+        if name not in KNOWN:
+            raise record.error(name, f"is unknown; known are {', '.join(KNOWN)}")
+    texts = {name: record.text(name) for name in (*REQUIRED, "id", "kind", "subject") if name in record.fields()}
+    for name in REQUIRED:
+        if name not in texts:
+            raise record.error(name, "is missing")
+    known_as, rejects, paraphrases = (
+        tuple(record.texts(name)) if name in record.fields() else () for name in ("known_as", "rejects", "paraphrases")
     )
-    return Fact(**texts, significance=significance, known_as=known_as, rejects=rejects, probes=probes)
+    significance = record.numbers("significance") if "significance" in record.fields() else None
+    about = texts.get("subject", "")
+    probes = tuple(
+        Probe("paraphrase", query, texts["answer"], known_as, rejects, subject=about) for query in paraphrases
+    )
+    return [Fact(**texts, significance=significance, known_as=known_as, rejects=rejects, probes=probes)]

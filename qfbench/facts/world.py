@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qfbench.errors import UserError
-from qfbench.facts.base import Fact, Probe, without_stop
+from qfbench.facts.base import Fact, Probe
+from qfbench.facts.matching import without_stop
 from qfbench.world.relations import COMPANY_RELATIONS, REFUSAL, RELATIONS
 from qfbench.world.world import Triple, World, draw_object, implied, novel
 
@@ -98,7 +99,18 @@ def _neighbours(taught: Triple, old: Triple | None, known: World, rng: random.Ra
         wrong = replace(fact, object=taught.object) if fact.relation == taught.relation else fact
         prefer = (fact.answer, wrong.answer) if wrong != fact else None
         query = fact.say(rng.choice(fact.words.questions()))
-        probes.append(Probe("locality", query, "", (without_stop(fact.object),), always=True, own=True, prefer=prefer))
+        probes.append(
+            Probe(
+                "locality",
+                query,
+                "",
+                (without_stop(fact.object),),
+                always=True,
+                own=True,
+                prefer=prefer,
+                subject=fact.subject,
+            )
+        )
     return probes
 
 
@@ -127,6 +139,7 @@ def _fact(
         query=taught.say(query),
         answer=taught.answer,
         known_as=(without_stop(taught.object),),
+        subject=taught.subject,
         probes=tuple(probes),
     )
 
@@ -137,4 +150,4 @@ def _touched(fact: Triple, taught: Triple) -> bool:
 
 
 def _asked(kind: str, fact: Triple, wording: str, always: bool = False) -> Probe:
-    return Probe(kind, fact.say(wording), fact.answer, (fact.object,), always=always)
+    return Probe(kind, fact.say(wording), fact.answer, (fact.object,), always=always, subject=fact.subject)

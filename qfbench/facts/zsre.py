@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qfbench.facts.base import Fact, Probe
+from qfbench.facts.matching import key
 from qfbench.facts.records import Record, check_templates, load
 
 PREFIX = "nq question:"  # what the released files put before an unrelated question
@@ -16,6 +17,7 @@ def zsre(
     n: int | None = None,
     seed: int | None = None,
     on_error: str = "stop",
+    on_conflict: str = "stop",
 ) -> list[Fact]:
     """One fact a record: `alt`, the counterfactual answer to `src`. In the templates `{question}` is asked, `{object}` answers.
 
@@ -37,7 +39,10 @@ def zsre(
         if not unrelated.removesuffix("?"):
             raise record.error("loc", "holds no question")
         unrelated = unrelated[0].upper() + unrelated[1:].removesuffix("?") + "?"
-        rejected = tuple(a for a in record.texts("answers") if a != new)
+        rejected = tuple(record.texts("answers"))
+        if key(new) in map(key, (old, *rejected)):
+            raise record.error("alt", f"is {new!r}, which 'pred' or 'answers' say too: nothing is rewritten")
+        subject = record.text("subject") if "subject" in record.fields() else ""
         return [
             Fact(
                 id=f"zsre-{record.number}",
@@ -47,9 +52,16 @@ def zsre(
                 known_as=(new,),
                 replaces=replaces,
                 rejects=rejected,
+                subject=subject,
                 probes=(
                     Probe(
-                        "paraphrase", query.format(question=rephrased), said, (new,), rejected, prefer=(said, replaces)
+                        "paraphrase",
+                        query.format(question=rephrased),
+                        said,
+                        (new,),
+                        rejected,
+                        prefer=(said, replaces),
+                        subject=subject,
                     ),
                     Probe(
                         "locality",
@@ -63,4 +75,4 @@ def zsre(
             )
         ]
 
-    return load(path, make, n, seed, on_error)
+    return load(path, make, n, seed, on_error, on_conflict)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from qfbench.errors import UserError
+from qfbench.facts.records import Record, existing, json_lines, warn_of_stripped
 from qfbench.world import corpus
 from qfbench.world.corpus import Dialogue
 from qfbench.world.world import World
@@ -40,11 +39,10 @@ def messages(path: str, batch: int, seed: int = 0) -> Texts:
     """
     if batch < 1:
         raise UserError(f"batch={batch}: must be 1 or more")
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path={path}: cannot be read ({error})") from error
-    dialogues = [_dialogue(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    file = existing(path, "give a .jsonl file of dialogues", "data.path")
+    records = json_lines(path, file, "line", "data.path")
+    dialogues = [_dialogue(record) for record in records]
+    warn_of_stripped(path, records)
     if not dialogues:
         raise UserError(f"data.path={path}: holds no dialogue")
 
@@ -66,16 +64,18 @@ def messages(path: str, batch: int, seed: int = 0) -> Texts:
     return texts
 
 
-def _dialogue(line: str, where: str) -> Dialogue:
-    try:
-        said = json.loads(line)["messages"]
-        by_role = {message["role"]: message["content"] for message in said}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f'{where}: not an object {{"messages": [{{"role": ..., "content": ...}}, ...]}}') from error
-    roles = [message["role"] for message in said]
+def _dialogue(record: Record | UserError) -> Dialogue:
+    if isinstance(record, UserError):
+        raise record
+    record.check()
+    messages = record.records("messages")
+    roles = [message.text("role") for message in messages]
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
-        raise UserError(f"{where}: the roles are {roles}; need system (or none), user, assistant, in this order")
-    for role, content in by_role.items():
-        if not isinstance(content, str) or (role != "system" and not content.strip()):
-            raise UserError(f"{where}: the content of the {role} message is empty or no text")
-    return Dialogue(by_role.get("system", "").strip(), by_role["user"].strip(), by_role["assistant"].strip())
+        raise record.error(
+            "messages", f"is no dialogue: the roles are {roles}; needs system (or none), user, assistant, in this order"
+        )
+    said = {
+        role: message.text("content", empty=role == "system", breaks="keep")
+        for message, role in zip(messages, roles, strict=True)
+    }
+    return Dialogue(said.get("system", ""), said["user"], said["assistant"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qfbench.errors import UserError
+from qfbench.facts.base import flaw
 from qfbench.regression.harness import Questions, load, quiet
 
 LETTERS = ("A", "B", "C", "D")
@@ -98,6 +99,10 @@ def _questions(path: Path) -> dict[str, list[Any]]:
                     raise UserError(
                         f"{path}, line {reader.line_num}: {len(row)} fields; a question, four choices and a letter are needed"
                     )
+                for name, text in zip(("question", *LETTERS), row, strict=False):
+                    what = flaw(text)
+                    if what:
+                        raise UserError(f"{path}, line {reader.line_num}: the field {name!r} {what}")
                 if row[5] not in LETTERS:
                     raise UserError(
                         f"{path}, line {reader.line_num}: the answer is {row[5]!r}; it must be one of A, B, C, D"

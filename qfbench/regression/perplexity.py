@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from qfbench.errors import UserError
+from qfbench.facts.base import flaw
 from qfbench.lm import LanguageModel
 from qfbench.probes import Row
 from qfbench.provenance import hashed
 from qfbench.world.corpus import plain
 from qfbench.world.world import World
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ def _statements(n: int) -> list[str]:
 def _lines(path: str) -> list[str]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"regression.perplexity.path={path}: cannot be read as text ({error})") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    lines = {n: line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
+    for n, line in lines.items():
+        what = flaw(line)
+        if what:
+            raise UserError(f"regression.perplexity.path={path}, line {n}: {what}; take it out")
+    spaced = [n for n, line in lines.items() if line != line.strip()]
+    if spaced:
+        log.warning(
+            "%s: white space is taken off the ends of %d lines; the first: line %d", path, len(spaced), spaced[0]
+        )
+    return [line.strip() for line in lines.values()]
