@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ class Run:
     console: Console
     task: str = ""
     label: str = ""
+    place: str = ""  # before the names of files about a model that stands beside the run's own
     regression: Mapping[str, Suite] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)  # `provenance.protocol` of the model
     cache: Path | None = None  # where rows of unedited models are kept
@@ -75,6 +77,7 @@ class Run:
         lm = load(model)
         check_lengths(lm, self.facts)
         there = replace(self, lm=lm, editor=editor, protocol=protocol(lm))
+        there.place = "" if lm.name == self.lm.name else re.sub(r"[^\w.-]+", "-", Path(lm.name).name) + "-"
         if (there.lm.name, there.editor_name) == (self.lm.name, self.editor_name):
             there.label = f"{there.editor_name} {name}"
         known = recorded(self.folder)

@@ -217,7 +217,7 @@ def teach(
     sequence = accumulates(regime)
     earlier = run.earlier(regime=name, **about)
     edited, draws = earlier[earlier.condition == "edited"], set(earlier.draw[earlier.condition == "placebo"])
-    file = "-".join([run.editor_name, name, *(f"{key}{value}" for key, value in about.items())])
+    file = run.place + "-".join([run.editor_name, name, *(f"{key}{value}" for key, value in about.items())])
     done = int(edited.step.max()) if len(edited) else 0
     total, state = WeightDelta(), run.state(file, done)
     key = f"{run.task}/{file}"

@@ -103,7 +103,7 @@ def test_a_killed_task_started_again_ends_with_the_same_files(whole, tmp_path, m
         (["task.convert.conversion.layers=[]"], r"layers=\[\]: give at least one"),
         (["task.convert.conversion.decay=1.5"], r"decay=1.5"),
         (["data=messages"], r"path is needed"),
-        (["data=messages", "data.path=/none.jsonl"], r"data.path=/none.jsonl: cannot be read"),
+        (["data=messages", "data.path=/none.jsonl"], r"data.path=/none.jsonl: no such file"),
     ],
 )
 def test_bad_settings_give_one_message_that_names_them(tmp_path, overrides, message):

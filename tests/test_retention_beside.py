@@ -64,7 +64,7 @@ def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_p
     assert {p.stem for p in tmp_path.glob("deltas/*")} == {
         "Note-sequential-layer0",
         "Note-joint-layer0",
-        "Margin-sequential-layer1",
+        "other-Margin-sequential-layer1",
     }
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "rows.parquet")[columns], rows[columns].reset_index(drop=True)

@@ -72,7 +72,7 @@ def test_the_quickstart_puts_qf2_beside_qf(quickstart):
     assert list(table.editor) == ["QF"] * 8 + ["QF2"] * 4
     assert list(table.regime[8:]) == ["unedited", "in_context", "sequential", "placebo"]
     assert "world-xs, QF at layer 2; world-s-qf2, QF2 at layer 4" in " ".join(text.split())
-    delta = WeightDelta.load(done.folder / "deltas" / "QF2-sequential-layer4.safetensors")
+    delta = WeightDelta.load(done.folder / "deltas" / "world-s-qf2-QF2-sequential-layer4.safetensors")
     assert set(delta.changes) == {"model.layers.4.mlp.up_proj.weight"}
 
 
