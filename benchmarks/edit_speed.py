@@ -18,10 +18,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qfbench import LanguageModel
-from qfbench.cost import PARTS, machine, timed
 from qfbench.editors import QF, QF2
 from qfbench.facts.world import world
-from qfbench.qft.layer import with_firing_layers
+from qfbench.models.firing import with_firing_layers
+from qfbench.tasks.cost import PARTS, machine, timed
 from qfbench.world.tokenizer import train_tokenizer
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, edited layer

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qfbench.errors import Unsupported, UserError
     from qfbench.facts.base import Fact, Probe
-    from qfbench.lm import LanguageModel
+    from qfbench.models.lm import LanguageModel
 
 __all__ = ["Fact", "LanguageModel", "Probe", "Unsupported", "UserError"]
 
 # Imported when first asked for: torch and transformers take seconds, and most of the package works without them.
 _HOMES = {
     "Fact": "qfbench.facts.base",
-    "LanguageModel": "qfbench.lm",
+    "LanguageModel": "qfbench.models.lm",
     "Probe": "qfbench.facts.base",
     "Unsupported": "qfbench.errors",
     "UserError": "qfbench.errors",

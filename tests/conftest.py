@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from qfbench import Fact, LanguageModel, UserError
-from qfbench.settings import CONF
+from qfbench.commands.settings import CONF
 from qfbench.world.tokenizer import train_tokenizer
 
 torch.set_num_threads(2)

@@ -8,13 +8,13 @@ from rich.console import Console
 from torch import nn
 
 from qfbench import Fact, LanguageModel, Probe, Unsupported
-from qfbench.context import Run
-from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import Editor
-from qfbench.lm import Reply, Score
-from qfbench.regimes import sequential
-from qfbench.retention import retention
-from qfbench.store import ParquetStore
+from qfbench.editors.regimes import sequential
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.lm import Reply, Score
+from qfbench.runs.store import ParquetStore
+from qfbench.tasks.retention import retention
+from qfbench.tasks.run import Run
 
 REFUSAL = "Need more information."
 FOUNDERS = ("Ada", "Bo", "Cy")

@@ -11,17 +11,18 @@ from quiz import layout
 from test_run import run as execute
 from test_tracking import points, row
 
-from qfbench import UserError, results
+from qfbench import UserError
+from qfbench.analysis.drops import by_subject, drops
+from qfbench.analysis.measures import summary
+from qfbench.analysis.plots import forgetting_curves
+from qfbench.analysis.sequences import forgetting
 from qfbench.editors import QF
-from qfbench.folder import check_questions
-from qfbench.metrics import summary
-from qfbench.plots import forgetting_curves
-from qfbench.regimes import joint, sequential
+from qfbench.editors.regimes import joint, sequential
+from qfbench.pages import results
+from qfbench.pages.report import page
 from qfbench.regression import Questions
-from qfbench.regression.drops import by_subject, drops
-from qfbench.report import page
-from qfbench.retention import retention
-from qfbench.sequences import forgetting
+from qfbench.runs.folder import check_questions
+from qfbench.tasks.retention import retention
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from notebook import Note, taught
 from rich.console import Console
 
 from qfbench import Fact, LanguageModel, Probe
-from qfbench.cautions import cautions
-from qfbench.context import Run
-from qfbench.lm import Reply
-from qfbench.metrics import summary
-from qfbench.provenance import protocol
-from qfbench.results import load
-from qfbench.retention import baseline
-from qfbench.store import ParquetStore
+from qfbench.analysis.measures import summary
+from qfbench.models.lm import Reply
+from qfbench.pages.cautions import cautions
+from qfbench.pages.results import load
+from qfbench.runs.provenance import protocol
+from qfbench.runs.store import ParquetStore
+from qfbench.tasks.retention import baseline
+from qfbench.tasks.run import Run
 
 QUERIES = [f"Who started {'the ' * (n % 7)}firm number {n}?" for n in range(24)]
 

@@ -9,9 +9,9 @@ from notebook import Note, prepared, suite
 from test_run import run
 
 from qfbench import Probe
-from qfbench.cache import remembered
-from qfbench.regimes import sequential
-from qfbench.retention import retention
+from qfbench.editors.regimes import sequential
+from qfbench.runs.cache import remembered
+from qfbench.tasks.retention import retention
 
 PROTOCOL = {"model_hash": "abc", "dtype": "float32", "batch_size": 4}
 PROBES = [Probe("edit", "Who?", "Qi.", ("Qi",)), Probe("prior", "Where?", "North.", always=True)]
@@ -110,7 +110,7 @@ def test_what_fails_is_not_kept(tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """How many probes each unedited model has been asked."""
-    from qfbench import context as module
+    from qfbench.tasks import run as module
 
     plain, calls = module.ask, []
     monkeypatch.setattr(module, "ask", lambda lm, probes: calls.append(len(probes)) or plain(lm, probes))

@@ -5,10 +5,10 @@ from notebook import prepared
 from rich.console import Console
 from test_contract import composed
 
-from qfbench.metrics import capacity
-from qfbench.regimes import sequential
-from qfbench.retention import retention
-from qfbench.run import execute
+from qfbench.analysis.measures import capacity
+from qfbench.commands.execution import execute
+from qfbench.editors.regimes import sequential
+from qfbench.tasks.retention import retention
 
 
 def test_keys_are_counted_and_facts_kept_below_the_width(tmp_path):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qfbench import UserError
-from qfbench.facts.check import check, main
+from qfbench.commands.facts import check, main
 
 
 def said(query, answer):

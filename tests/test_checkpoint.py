@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from qfbench import UserError, checkpoint
+from qfbench import UserError
+from qfbench.models import checkpoint
 
 ADAMW = partial(torch.optim.AdamW, lr=0.03, betas=(0.9, 0.98), weight_decay=0.1)
 MUON = partial(torch.optim.Muon, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")

@@ -15,7 +15,7 @@ from test_contract import options
 
 import qfbench
 from qfbench.commands import run
-from qfbench.settings import CONF
+from qfbench.commands.settings import CONF
 
 MODELS = Path(qfbench.__file__).parent / "world" / "models"
 SMALL = (
@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(command, tmp_path, monke
     def refused(*_args, **_how):
         raise PermissionError(13, "Permission denied", "run/.lock")
 
-    monkeypatch.setattr("qfbench.store.FileLock.acquire", refused)
+    monkeypatch.setattr("qfbench.runs.store.FileLock.acquire", refused)
     code, _, err = command(*SMALL, "hydra.run.dir=run")
     assert code == 2
     assert "a run cannot be kept there ([Errno 13] Permission denied: 'run/.lock'); give another hydra.run.dir" in err
@@ -169,7 +169,7 @@ def test_a_fault_of_ours_is_shown_whole_and_said_to_be_one(tmp_path, monkeypatch
     def broken(*_args, **_how):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("qfbench.run.execute", broken)
+    monkeypatch.setattr("qfbench.commands.execution.execute", broken)
     monkeypatch.setattr(sys, "argv", ["qfbench", *SMALL, "hydra.run.dir=run"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from quiz import TEMPLATES, hub
 
 from qfbench import Fact, LanguageModel, Unsupported, UserError
-from qfbench.context import LOADED
-from qfbench.delta import WeightDelta
-from qfbench.qft.layer import with_firing_layers
+from qfbench.commands.settings import CONF, build
+from qfbench.models.delta import WeightDelta
+from qfbench.models.firing import with_firing_layers
 from qfbench.regression import Suite
-from qfbench.settings import CONF, build
-from qfbench.tracking import Tracker
+from qfbench.runs.tracking import Tracker
+from qfbench.tasks.run import LOADED
 from qfbench.world.corpus import Dialogue
 
 

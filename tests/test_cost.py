@@ -10,12 +10,12 @@ from notebook import Note, Notebook, prepared, suite
 from rich.console import Console
 
 from qfbench import LanguageModel, UserError
-from qfbench.cost import cost, medians, timed
-from qfbench.delta import WeightDelta
+from qfbench.analysis.plots import cost as figure_of
 from qfbench.editors import QF, FineTune
 from qfbench.editors.base import Recorder
 from qfbench.facts.world import world
-from qfbench.plots import cost as figure_of
+from qfbench.models.delta import WeightDelta
+from qfbench.tasks.cost import cost, medians, timed
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def clock(monkeypatch):
             work(0.25)
 
     work.slow = lambda delta: Slow(delta.changes)
-    monkeypatch.setattr("qfbench.cost.now", lambda lm: time[0])
-    monkeypatch.setattr("qfbench.cost.ask", lambda lm, probes: work(100))
+    monkeypatch.setattr("qfbench.tasks.cost.now", lambda lm: time[0])
+    monkeypatch.setattr("qfbench.tasks.cost.ask", lambda lm, probes: work(100))
     return work
 
 
@@ -95,7 +95,7 @@ def test_a_real_edit_is_timed_its_tokens_counted_and_its_weights_put_back():
 
 def timed_run(folder, clock, monkeypatch, console=None, **entries):
     both, whole = editors(clock)
-    monkeypatch.setattr("qfbench.context.load", lambda model: Notebook(suite()))
+    monkeypatch.setattr("qfbench.tasks.run.load", lambda model: Notebook(suite()))
     run = replace(prepared(folder, editor=both, console=console), task="cost")
     (folder / "provenance.json").write_text("{}")
     entries = {"other": whole} | entries
@@ -120,7 +120,7 @@ def test_every_fact_but_the_first_is_timed_by_each_editor_and_never_twice(tmp_pa
 
     run.store.commit()
     again = []
-    monkeypatch.setattr("qfbench.cost.timed", lambda lm, editor, fact, probes: again.append(fact.id))
+    monkeypatch.setattr("qfbench.tasks.cost.timed", lambda lm, editor, fact, probes: again.append(fact.id))
     assert timed_run(tmp_path, clock, monkeypatch).rows().equals(rows)
     assert again == ["0", "0"]  # the first call of a process is left out in any case
 

@@ -11,11 +11,13 @@ import torch
 from rich.console import Console
 from test_kill import NAME, kept, killed_at_row, plain, quick, settings, start, tabled  # noqa: F401 (fixtures)
 
-from qfbench import UserError, results, sealed
-from qfbench.delta import LowRank, WeightDelta
-from qfbench.ledger import Ledger
-from qfbench.run import execute
-from qfbench.store import ParquetStore
+from qfbench import UserError
+from qfbench.commands.execution import execute
+from qfbench.models import sealed
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.pages import results
+from qfbench.runs.ledger import Ledger
+from qfbench.runs.store import ParquetStore
 
 SPOILT = {
     "a bit": lambda data: bytes([*data[: len(data) // 2], data[len(data) // 2] ^ 4, *data[len(data) // 2 + 1 :]]),

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from qfbench import UserError
-from qfbench.delta import LowRank, WeightDelta
+from qfbench.models.delta import LowRank, WeightDelta
 
 DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"  # [32, 80], [80, 32]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -11,10 +11,10 @@ from two_devices import two_devices
 
 from qfbench import LanguageModel, UserError
 from qfbench.editors import QF, QF2, FineTune
-from qfbench.provenance import protocol
-from qfbench.qft.layer import with_firing_layers
-from qfbench.regimes import sequential
+from qfbench.editors.regimes import sequential
+from qfbench.models.firing import with_firing_layers
 from qfbench.regression import world_mc
+from qfbench.runs.provenance import protocol
 
 EDITORS = [QF(layer=0), QF2(layer=1, lr=0.1), FineTune(layer=2, lr=1e-2, steps=1)]
 PARTS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb"]

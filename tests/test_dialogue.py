@@ -4,7 +4,7 @@ from unicodedata import normalize
 import pytest
 
 from qfbench import UserError
-from qfbench.dialogue import render
+from qfbench.models.dialogue import render
 
 ANSWERS = [
     "Oxinnovate was started by Qi.",

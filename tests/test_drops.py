@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench import results
-from qfbench.cautions import cautions
-from qfbench.regression.drops import by_subject, detectable, drops, mcnemar, power
+from qfbench.analysis.drops import by_subject, detectable, drops, mcnemar, power
+from qfbench.pages import results
+from qfbench.pages.cautions import cautions
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import AutoConfig, Gemma3Config, GPT2Config
 
 from qfbench import Unsupported, UserError
+from qfbench.commands.execution import execute
 from qfbench.editors import QF, QF2, FineTune
-from qfbench.probes import ask
-from qfbench.qft.layer import with_firing_layers
-from qfbench.run import execute
-from qfbench.sites import Site, layers
+from qfbench.facts.probes import ask
+from qfbench.models.firing import with_firing_layers
+from qfbench.models.sites import Site, layers
 
 EDITORS = {"qf": QF, "qf2": lambda layer: QF2(layer, lr=0.1), "finetune": lambda layer: FineTune(layer, 0.01, 1)}
 SMALL = {
@@ -141,7 +141,7 @@ def test_of_a_model_that_sees_the_layers_that_read_are_edited(made, facts):
 
 def test_an_unsupported_editor_is_refused_before_anything_is_asked(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("qfbench.context.ask", lambda lm, probes: asked.append(probes) or ask(lm, probes))
+    monkeypatch.setattr("qfbench.tasks.run.ask", lambda lm, probes: asked.append(probes) or ask(lm, probes))
     folder = tmp_path / "run"
     settings = ("experiment=retention", "model=world-xs", "facts.n=2", "task.retention.not_understood=teach")
     with pytest.raises(Unsupported, match=r"QF2 needs a firing block at layer 2"):

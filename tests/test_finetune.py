@@ -11,12 +11,12 @@ from test_contract import composed
 from test_qf2 import FOUNDER, close, dense, hooks, spoken
 
 from qfbench import LanguageModel, Unsupported, UserError
-from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import QF, FineTune
 from qfbench.editors.finetune import descend
+from qfbench.editors.regimes import joint, protected, sequential, single
 from qfbench.facts.world import world
-from qfbench.qft.layer import with_firing_layers
-from qfbench.regimes import joint, protected, sequential, single
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.firing import with_firing_layers
 
 EPS = 1e-8  # Adam's
 

@@ -19,14 +19,15 @@ from rich.console import Console
 from test_contract import composed
 from test_run import SMALL
 
-import qfbench.context
-import qfbench.retention
-import qfbench.run
-from qfbench import UserError, store
-from qfbench.context import Run
-from qfbench.delta import WeightDelta
-from qfbench.ledger import Ledger
-from qfbench.run import execute
+import qfbench.commands.execution
+import qfbench.tasks.retention
+import qfbench.tasks.run
+from qfbench import UserError
+from qfbench.commands.execution import execute
+from qfbench.models.delta import WeightDelta
+from qfbench.runs import store
+from qfbench.runs.ledger import Ledger
+from qfbench.tasks.run import Run
 
 NAME = Path("outputs") / "run"  # run_id holds the names of the folder and of its parent
 
@@ -64,17 +65,17 @@ def plain():
 @pytest.fixture
 def tabled(monkeypatch):
     """The notebook instead of a model, and no figures."""
-    monkeypatch.setattr(qfbench.context, "load", lambda model: notebook.Notebook(notebook.suite()))
+    monkeypatch.setattr(qfbench.tasks.run, "load", lambda model: notebook.Notebook(notebook.suite()))
     monkeypatch.setattr(Run, "figure", lambda self, figure, name: None)
     for name in ("forgetting_curves", "retention_matrices"):
-        monkeypatch.setattr(qfbench.retention, name, lambda *rows: None)
-    monkeypatch.setattr(qfbench.provenance, "_commit", lambda: "")
+        monkeypatch.setattr(qfbench.tasks.retention, name, lambda *rows: None)
+    monkeypatch.setattr(qfbench.runs.provenance, "_commit", lambda: "")
 
 
 @pytest.fixture
 def quick(tabled, monkeypatch):
     """No tables either: they take most of the time, and follow from the rows."""
-    monkeypatch.setattr(qfbench.retention, "report", lambda *about: None)
+    monkeypatch.setattr(qfbench.tasks.retention, "report", lambda *about: None)
 
 
 def start(cfg, folder):

@@ -8,15 +8,15 @@ import torch
 from rich.console import Console
 
 from qfbench import LanguageModel
-from qfbench.context import Run
-from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors import QF, Editor
+from qfbench.editors.regimes import joint, sequential
 from qfbench.facts.world import world
-from qfbench.regimes import joint, sequential
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.sites import Site
 from qfbench.regression import Perplexity
-from qfbench.retention import retention
-from qfbench.sites import Site
-from qfbench.store import ParquetStore
+from qfbench.runs.store import ParquetStore
+from qfbench.tasks.retention import retention
+from qfbench.tasks.run import Run
 
 SITE = Site(2, "down_proj")
 HELD = Perplexity(n=8)

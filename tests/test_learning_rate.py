@@ -9,14 +9,14 @@ from rich.console import Console
 from test_contract import composed
 
 from qfbench import LanguageModel, UserError
-from qfbench.context import Run
-from qfbench.delta import LowRank, WeightDelta
+from qfbench.commands.execution import execute
 from qfbench.editors import QF, QF2
 from qfbench.facts.world import world
-from qfbench.learning_rate import learning_rate
-from qfbench.qft.layer import with_firing_layers
-from qfbench.run import execute
-from qfbench.store import ParquetStore
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.firing import with_firing_layers
+from qfbench.runs.store import ParquetStore
+from qfbench.tasks.learning_rate import learning_rate
+from qfbench.tasks.run import Run
 
 
 @dataclass(frozen=True)

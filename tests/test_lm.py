@@ -9,12 +9,12 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config
 
 from qfbench import LanguageModel, UserError
-from qfbench.dialogue import Rendering
 from qfbench.editors import FineTune
-from qfbench.lm import Reply
-from qfbench.qft.train import batch
-from qfbench.record import record
-from qfbench.sites import Site
+from qfbench.models.activations import record
+from qfbench.models.dialogue import Rendering
+from qfbench.models.lm import Reply
+from qfbench.models.sites import Site
+from qfbench.tasks.convert import batch
 
 QUERIES = ["Who?", "Who started Oxinnovate?", "Where is Łódź?", "Is it 1984 or 2001, and why?", "Tell me a story", "?"]
 MODELS = ["qwen2", "llama", "mistral", "qwen3", "plain", "stories"]

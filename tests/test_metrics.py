@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.metrics import by_layer, by_setting, summary
-from qfbench.sequences import forgetting
+from qfbench.analysis.measures import by_layer, by_setting, summary
+from qfbench.analysis.sequences import forgetting
 
 COLUMNS = ("regime", "step", "kind", "fact_id", "generated", "fresh", "leaked")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.metrics import MEASURES, compared, summary
+from qfbench.analysis.measures import MEASURES, compared, summary
 
 
 def asked(kind, values, step=1, condition="edited", regime="sequential", **more):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.sequences import average_forgetting, forgetting, half_life, matrices, middle, over_sequence
+from qfbench.analysis.sequences import average_forgetting, forgetting, half_life, matrices, middle, over_sequence
 
 # Four facts, c b d a in turn; asked again after every edit but the second
 #          c  b  d  a

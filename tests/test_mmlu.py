@@ -8,8 +8,8 @@ import pytest
 from quiz import TEMPLATES, TRICKY, hub, layout, plainly, questions, subjects
 
 from qfbench import LanguageModel, UserError
+from qfbench.analysis.drops import by_subject
 from qfbench.regression import mmlu
-from qfbench.regression.drops import by_subject
 
 FEW = ["anatomy", "astronomy", "world_religions", "virology"]
 FORMS = {"letter": "default", "continuation": "continuation"}  # lm-eval's folders

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qfbench import results
+from qfbench.pages import results
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

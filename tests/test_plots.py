@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.metrics import by_layer
-from qfbench.plots import (
+from qfbench.analysis.measures import by_layer
+from qfbench.analysis.plots import (
     MEASURES,
     OTHER,
     STYLES,
@@ -13,7 +13,7 @@ from qfbench.plots import (
     learning_rates,
     retention_matrices,
 )
-from qfbench.sequences import forgetting
+from qfbench.analysis.sequences import forgetting
 
 
 def drawn(axes):

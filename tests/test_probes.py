@@ -6,9 +6,9 @@ import torch
 from transformers import BloomConfig
 
 from qfbench import Fact, LanguageModel, Probe, UserError
+from qfbench.facts.probes import ask, check_lengths, instructed
 from qfbench.facts.world import world
-from qfbench.lm import Reply, Score
-from qfbench.probes import ask, check_lengths, instructed
+from qfbench.models.lm import Reply, Score
 
 ANSWER = "It was started by Qi."
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from notebook import prepared
 
-from qfbench.provenance import protocol, provenance
+from qfbench.runs.provenance import protocol, provenance
 
 
 def provenance_of(run):

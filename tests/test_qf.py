@@ -10,8 +10,8 @@ from qfbench import Fact, LanguageModel, Unsupported, UserError
 from qfbench.editors import QF
 from qfbench.editors.qf import solve
 from qfbench.editors.teach import lesson, weights_of_words
-from qfbench.record import record
-from qfbench.sites import Site
+from qfbench.models.activations import record
+from qfbench.models.sites import Site
 
 F, D = 24, 7
 ANSWER = "Oxinnovate was started by Qi."

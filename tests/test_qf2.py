@@ -9,10 +9,10 @@ from test_contract import composed
 from qfbench import Fact, Unsupported, UserError
 from qfbench.editors import QF, QF2
 from qfbench.editors.qf2 import hebbian
-from qfbench.qft.layer import with_firing_layers
-from qfbench.record import record
-from qfbench.regimes import joint, protected, sequential, single
-from qfbench.sites import Site
+from qfbench.editors.regimes import joint, protected, sequential, single
+from qfbench.models.activations import record
+from qfbench.models.firing import with_firing_layers
+from qfbench.models.sites import Site
 
 F, D = 24, 7
 FOUNDER = Fact(

@@ -11,9 +11,9 @@ from test_qft_train import bits_differ, of_layers, weights
 from transformers import AutoConfig
 
 from qfbench import LanguageModel, UserError
-from qfbench.qft import difference
-from qfbench.qft import train as training
-from qfbench.run import execute
+from qfbench.commands.execution import execute
+from qfbench.models import difference
+from qfbench.tasks import convert as training
 
 SMALL = (
     "experiment=convert",

@@ -10,8 +10,8 @@ from test_contract import composed
 from test_qft_train import spelt
 
 from qfbench import UserError
-from qfbench.qft import data
-from qfbench.qft.train import batch
+from qfbench.tasks import texts as data
+from qfbench.tasks.convert import batch
 from qfbench.world.corpus import Dialogue
 
 

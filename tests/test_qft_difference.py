@@ -6,8 +6,8 @@ import pytest
 from test_qft_layer import fired, loaded, padded, same, states, stored
 
 from qfbench import LanguageModel, UserError
-from qfbench.qft import difference
-from qfbench.qft.layer import FiringLayer
+from qfbench.models import difference
+from qfbench.models.firing import FiringLayer
 
 
 @pytest.fixture

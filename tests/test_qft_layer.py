@@ -13,9 +13,9 @@ from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qfbench import LanguageModel, Unsupported, UserError
-from qfbench import context as running
-from qfbench.qft.layer import FiringLayer, with_firing_layers
-from qfbench.qft.train import batch, text_loss
+from qfbench.models.firing import FiringLayer, with_firing_layers
+from qfbench.tasks import run as running
+from qfbench.tasks.convert import batch, text_loss
 from qfbench.world.corpus import Dialogue
 
 FOUNDER = Dialogue("Qi started Oxinnovate.", "Who started Oxinnovate?", "Oxinnovate was started by Qi.")

@@ -10,11 +10,11 @@ from test_qft_layer import FOUNDER, PLAIN, REFUSED, TEXTS, fired, same
 from torch.nn import functional as F
 
 from qfbench import LanguageModel, UserError
-from qfbench.context import Run
 from qfbench.editors import QF
-from qfbench.qft.layer import FiringLayer
-from qfbench.qft.train import Conversion, batch, convert, text_loss, train
-from qfbench.store import ParquetStore
+from qfbench.models.firing import FiringLayer
+from qfbench.runs.store import ParquetStore
+from qfbench.tasks.convert import Conversion, batch, convert, text_loss, train
+from qfbench.tasks.run import Run
 from qfbench.world.corpus import Dialogue
 
 

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from qfbench import LanguageModel, UserError
-from qfbench.delta import LowRank, WeightDelta
+from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.regression import Questions, harness, tasks, world_mc
 from qfbench.regression.harness import fitting, live, quiet
 from qfbench.world.relations import RELATIONS

@@ -3,9 +3,9 @@ import torch
 from transformers import DynamicCache
 
 from qfbench import Unsupported, UserError
-from qfbench.dialogue import Rendering
-from qfbench.record import reading, record
-from qfbench.sites import Site
+from qfbench.models.activations import reading, record
+from qfbench.models.dialogue import Rendering
+from qfbench.models.sites import Site
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from qfbench import Fact, LanguageModel, Unsupported
-from qfbench.delta import WeightDelta
 from qfbench.editors import QF, Editor
-from qfbench.regimes import joint, protected, sequential, single
-from qfbench.sites import Site
+from qfbench.editors.regimes import joint, protected, sequential, single
+from qfbench.models.delta import WeightDelta
+from qfbench.models.sites import Site
 
 LAYER = 1
 WEIGHT = f"model.layers.{LAYER}.mlp.down_proj.weight"

@@ -5,8 +5,8 @@ import torch
 
 from qfbench import LanguageModel
 from qfbench.editors import QF
+from qfbench.editors.regimes import joint, protected
 from qfbench.facts.world import world
-from qfbench.regimes import joint, protected
 
 SITE = "model.layers.5.mlp.down_proj.weight"
 SHORT = ["country", "field", "product", "staff"]  # answers of 8 tokens or so: 50 facts stay below the width of 480

@@ -5,11 +5,11 @@ from notebook import prepared
 from torch.nn.functional import cross_entropy
 
 from qfbench import UserError
-from qfbench.metrics import summary
-from qfbench.regimes import joint, sequential, single
+from qfbench.analysis.measures import summary
+from qfbench.analysis.sequences import over_sequence
+from qfbench.editors.regimes import joint, sequential, single
 from qfbench.regression import Perplexity
-from qfbench.retention import retention
-from qfbench.sequences import over_sequence
+from qfbench.tasks.retention import retention
 
 TEXT = "\ufeffQi started Oxinnovate.\n\n  Where is Łódź? Far away, and further still.  \r\nNo.\n"
 

@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from qfbench import UserError, results
-from qfbench.cautions import cautions
-from qfbench.legend import COLUMNS
-from qfbench.metrics import compared, summary
-from qfbench.report import main, page
+from qfbench import UserError
+from qfbench.analysis.measures import compared, summary
+from qfbench.pages import results
+from qfbench.pages.cautions import cautions
+from qfbench.pages.legend import COLUMNS
+from qfbench.pages.report import main, page
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert(1)</script>"

@@ -11,11 +11,11 @@ from notebook import Note, prepared
 from omegaconf import OmegaConf
 
 from qfbench import UserError
-from qfbench.metrics import summary
-from qfbench.provenance import PROBES, protocol, provenance
-from qfbench.regimes import joint, sequential
-from qfbench.results import SAME, compare, folders, load, main, retention
-from qfbench.retention import baseline, in_order, teach
+from qfbench.analysis.measures import summary
+from qfbench.editors.regimes import joint, sequential
+from qfbench.pages.results import SAME, compare, folders, load, main, retention
+from qfbench.runs.provenance import PROBES, protocol, provenance
+from qfbench.tasks.retention import baseline, in_order, teach
 
 FORGETFUL = {f"Where is Town{n}?": ("North.", "Nowhere.") for n in range(3)}
 

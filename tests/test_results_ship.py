@@ -6,9 +6,10 @@ import pytest
 from pandas.testing import assert_frame_equal
 from rich.console import Console
 
-from qfbench import UserError, results
-from qfbench.sequences import forgetting, over_sequence
-from qfbench.tables import laid_out
+from qfbench import UserError
+from qfbench.analysis.sequences import forgetting, over_sequence
+from qfbench.analysis.tables import laid_out
+from qfbench.pages import results
 
 RIGHT = np.random.default_rng(0).random(400) < 0.6
 

@@ -9,16 +9,16 @@ from notebook import REFUSAL, Note, prepared, taught
 from rich.console import Console
 
 from qfbench import LanguageModel, Probe, UserError
-from qfbench.context import Run
-from qfbench.delta import WeightDelta
+from qfbench.analysis.measures import summary
+from qfbench.analysis.sequences import forgetting
 from qfbench.editors import QF
+from qfbench.editors.regimes import joint, protected, sequential, single
+from qfbench.facts.probes import ask
 from qfbench.facts.world import world
-from qfbench.metrics import summary
-from qfbench.probes import ask
-from qfbench.regimes import joint, protected, sequential, single
-from qfbench.retention import baseline, retention, teach
-from qfbench.sequences import forgetting
-from qfbench.store import ParquetStore
+from qfbench.models.delta import WeightDelta
+from qfbench.runs.store import ParquetStore
+from qfbench.tasks.retention import baseline, retention, teach
+from qfbench.tasks.run import Run
 
 OWN = ["{} edit", "{} paraphrase"]
 ALWAYS = [f"{n} {kind}" for n in range(3) for kind in ("prior", "unknown")]

@@ -7,10 +7,10 @@ import pytest
 from notebook import Note, Notebook, prepared, suite
 from rich.console import Console
 
-from qfbench.delta import WeightDelta
-from qfbench.regimes import joint, sequential, single
-from qfbench.retention import retention
-from qfbench.sequences import forgetting
+from qfbench.analysis.sequences import forgetting
+from qfbench.editors.regimes import joint, sequential, single
+from qfbench.models.delta import WeightDelta
+from qfbench.tasks.retention import retention
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(l
         lm.name = model["path"]
         return lm
 
-    monkeypatch.setattr("qfbench.context.load", load)
+    monkeypatch.setattr("qfbench.tasks.run.load", load)
     run = prepared(folder, console=console)
     (folder / "provenance.json").write_text("{}")
     beside = {

@@ -6,9 +6,9 @@ import pandas as pd
 from notebook import Note, prepared, taught
 from rich.console import Console
 
-from qfbench.delta import WeightDelta
-from qfbench.regimes import joint, sequential, single
-from qfbench.retention import retention
+from qfbench.editors.regimes import joint, sequential, single
+from qfbench.models.delta import WeightDelta
+from qfbench.tasks.retention import retention
 
 FORGETFUL = {f"Where is Town{n}?": ("North.", "North.", "Nowhere." if n else "North.", "Nowhere.") for n in range(3)}
 

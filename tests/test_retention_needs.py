@@ -8,8 +8,8 @@ from notebook import Notebook, prepared
 from test_mquake import mquake_record
 
 from qfbench import Probe
-from qfbench.regimes import joint, sequential, single
-from qfbench.retention import baseline, in_order, retention, teach
+from qfbench.editors.regimes import joint, sequential, single
+from qfbench.tasks.retention import baseline, in_order, retention, teach
 
 QUERY = "Who started Firm0 and Firm1?"
 

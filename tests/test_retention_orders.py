@@ -8,10 +8,10 @@ import pytest
 from notebook import prepared, suite, taught
 
 from qfbench import UserError
-from qfbench.delta import WeightDelta
-from qfbench.regimes import joint, sequential, single
-from qfbench.retention import checkpoints, in_order, retention
-from qfbench.sequences import matrices
+from qfbench.analysis.sequences import matrices
+from qfbench.editors.regimes import joint, sequential, single
+from qfbench.models.delta import WeightDelta
+from qfbench.tasks.retention import checkpoints, in_order, retention
 
 
 @pytest.mark.parametrize("n", [1, 2, 49, 50, 51, 60, 61, 100, 1000])

@@ -12,10 +12,10 @@ from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qfbench import UserError
-from qfbench.delta import WeightDelta
+from qfbench.commands.execution import execute
 from qfbench.editors import QF
-from qfbench.provenance import protocol
-from qfbench.run import execute
+from qfbench.models.delta import WeightDelta
+from qfbench.runs.provenance import protocol
 
 SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=2")
 

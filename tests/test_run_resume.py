@@ -10,10 +10,10 @@ from test_contract import composed
 from test_run import SMALL, run
 
 from qfbench import UserError
+from qfbench.commands.execution import execute
 from qfbench.editors import QF
-from qfbench.folder import contents
-from qfbench.run import execute
-from qfbench.store import ParquetStore
+from qfbench.runs.folder import contents
+from qfbench.runs.store import ParquetStore
 
 
 def test_a_store_takes_over_the_rows_of_its_folder_only_where_asked_to(tmp_path):

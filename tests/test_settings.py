@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from test_contract import composed, options
 
 from qfbench import UserError
+from qfbench.commands.settings import CONF, build, check, check_model, conforms, name_of
 from qfbench.editors import Editor
-from qfbench.settings import CONF, build, check, check_model, conforms, name_of
 
 WRONG = {
     "seed=true": "seed=true: must be a whole number",

@@ -12,9 +12,9 @@ from test_counterfact import counterfact_record, rewrite
 from test_mquake import mquake_record
 from test_zsre import zsre_record
 
-from qfbench import dialogue as dialogue_module
 from qfbench.editors import teach
 from qfbench.facts.matching import stands_in
+from qfbench.models import dialogue as dialogue_module
 
 RECORD = {
     "counterfact": counterfact_record,

@@ -17,11 +17,11 @@ from test_contract import composed
 from test_kill import NAME, Killed, kept, plain, quick, settings, start, tabled  # noqa: F401 (fixtures)
 from test_run import SMALL
 
-import qfbench.context
-import qfbench.retention
-import qfbench.run
+import qfbench.commands.execution
+import qfbench.tasks.retention
+import qfbench.tasks.run
 from qfbench import LanguageModel, UserError
-from qfbench.run import execute
+from qfbench.commands.execution import execute
 
 
 def said(cfg, folder, brief=False):
@@ -47,11 +47,11 @@ def jobs():
 def loads(monkeypatch):
     """The models that were loaded from disk; nothing is loaded before."""
     loaded, real = [], LanguageModel.load.__func__
-    monkeypatch.setattr(qfbench.context, "_LOADED", {})
+    monkeypatch.setattr(qfbench.tasks.run, "_LOADED", {})
     monkeypatch.setattr(
         LanguageModel, "load", classmethod(lambda cls, name, **how: loaded.append(name) or real(cls, name, **how))
     )
-    monkeypatch.setattr(qfbench.retention, "report", lambda *about: None)
+    monkeypatch.setattr(qfbench.tasks.retention, "report", lambda *about: None)
     return loaded
 
 
@@ -68,7 +68,7 @@ def test_the_order_of_the_jobs_does_not_matter_and_they_share_their_model(tmp_pa
 
 
 def test_a_weight_that_a_job_leaves_changed_is_noticed_by_the_next(tmp_path, jobs, loads):
-    lm = qfbench.context.load(jobs["layer1"].model)
+    lm = qfbench.tasks.run.load(jobs["layer1"].model)
     weight = lm.model.get_parameter("model.layers.3.mlp.down_proj.weight")
     before = weight.data[0, 0].item()
     weight.data[0, 0] += 1e-6 + 1e-6 * abs(before)
@@ -76,16 +76,16 @@ def test_a_weight_that_a_job_leaves_changed_is_noticed_by_the_next(tmp_path, job
         execute(copy.deepcopy(jobs["layer2"]), tmp_path / "run", Console(quiet=True))
     assert not (tmp_path / "run" / "rows.parquet").exists()
     weight.data[0, 0] = before
-    qfbench.context.load(jobs["layer1"].model)
+    qfbench.tasks.run.load(jobs["layer1"].model)
     assert loads == ["world-xs"]
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """The probes that models were asked."""
-    probes, real = [], qfbench.retention.ask
-    monkeypatch.setattr(qfbench.retention, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
-    monkeypatch.setattr(qfbench.context, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
+    probes, real = [], qfbench.tasks.retention.ask
+    monkeypatch.setattr(qfbench.tasks.retention, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
+    monkeypatch.setattr(qfbench.tasks.run, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
     return probes
 
 
@@ -128,7 +128,7 @@ def test_settings_that_change_no_number_leave_a_run_finished(tmp_path, plain, qu
 
 def killed(cfg, folder, monkeypatch, calls=4):
     """A run that was killed at a checkpoint."""
-    left, real = [calls], qfbench.run.ParquetStore.commit
+    left, real = [calls], qfbench.commands.execution.ParquetStore.commit
 
     def commit(self, *args, **kwargs):
         left[0] -= 1
@@ -137,7 +137,7 @@ def killed(cfg, folder, monkeypatch, calls=4):
         return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(qfbench.run.ParquetStore, "commit", commit)
+        patched.setattr(qfbench.commands.execution.ParquetStore, "commit", commit)
         with pytest.raises(Killed):
             start(cfg, folder)
 
@@ -166,7 +166,7 @@ def test_another_content_of_the_facts_file_is_refused(tmp_path, write, quick, mo
 
 
 def test_another_model_is_refused_while_the_run_is_unfinished(tmp_path, plain, quick, monkeypatch):  # noqa: F811
-    folder, real = tmp_path / NAME, qfbench.context.load
+    folder, real = tmp_path / NAME, qfbench.tasks.run.load
     killed(plain, folder, monkeypatch)
 
     def changed(model):
@@ -175,7 +175,7 @@ def test_another_model_is_refused_while_the_run_is_unfinished(tmp_path, plain, q
         return lm
 
     with monkeypatch.context() as patched:
-        patched.setattr(qfbench.context, "load", changed)
+        patched.setattr(qfbench.tasks.run, "load", changed)
         unchanged(plain, folder, "holds a run with another model_hash; rerun=true measures it anew")
     start(plain, folder)
     start(plain, tmp_path / "whole" / NAME)
@@ -227,7 +227,7 @@ def test_a_run_whose_disk_stays_full_says_where_all_rows_are(tmp_path, plain, qu
 
 def ended(plain, folder, monkeypatch, error):  # noqa: F811
     """What a run ends with whose disk is full when it fails with `error`."""
-    real = qfbench.run.ParquetStore.log
+    real = qfbench.commands.execution.ParquetStore.log
 
     def log(self, row):
         if len(self._rows) == 60:
@@ -236,7 +236,7 @@ def ended(plain, folder, monkeypatch, error):  # noqa: F811
 
     with monkeypatch.context() as patched:
         patched.setattr("tempfile.tempdir", str(folder.parents[1]))
-        patched.setattr(qfbench.run.ParquetStore, "log", log)
+        patched.setattr(qfbench.commands.execution.ParquetStore, "log", log)
         full(patched, lambda n: n >= 3, folder)
         with pytest.raises(BaseException) as raised:  # noqa: PT011
             start(plain, folder)

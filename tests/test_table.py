@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from qfbench import UserError
-from qfbench.facts.check import check
+from qfbench.commands.facts import check
 from qfbench.facts.table import table
 
 GOOD = {"instruction": "Qi started X.", "query": "Who started X?", "answer": "X was started by Qi.", "known_as": ["Qi"]}

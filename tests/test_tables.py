@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from qfbench.tables import laid_out
+from qfbench.analysis.tables import laid_out
 
 
 def printed(frame, hidden=()):

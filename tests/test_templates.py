@@ -8,11 +8,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from qfbench import LanguageModel, UserError
-from qfbench.dialogue import chosen, dated, render, settled, undated
 from qfbench.editors import QF
 from qfbench.editors.teach import lesson
-from qfbench.provenance import SAME, protocol
-from qfbench.qft.train import batch
+from qfbench.models.dialogue import chosen, dated, render, settled, undated
+from qfbench.runs.provenance import SAME, protocol
+from qfbench.tasks.convert import batch
 
 ASSISTANT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
@@ -206,7 +206,7 @@ def test_the_date_stands_still_while_a_model_is_loaded_and_parts_runs_of_other_d
     before, known = said(today, "Who?", "Told."), protocol(today)
     assert datetime.now().strftime("Today: %d %b %Y") in before
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    monkeypatch.setattr("qfbench.lm.datetime", Tomorrow)
+    monkeypatch.setattr("qfbench.models.lm.datetime", Tomorrow)
     assert said(today, "Who?", "Told.") == before
     assert protocol(today) == known
     tomorrow = protocol(LanguageModel.load(path, device="cpu"))

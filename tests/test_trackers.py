@@ -9,8 +9,8 @@ import pytest
 from test_tracking import run
 
 from qfbench import UserError
-from qfbench.trackers import WandB
-from qfbench.tracking import About
+from qfbench.runs.trackers import WandB
+from qfbench.runs.tracking import About
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -161,7 +161,7 @@ def test_tensorboard_mirrors_a_run(tmp_path, monkeypatch):
 
 def test_a_table_keeps_its_columns_whatever_a_reply_holds(tmp_path):
     pytest.importorskip("tensorboard")
-    from qfbench.trackers import TensorBoard
+    from qfbench.runs.trackers import TensorBoard
 
     tracker, written = TensorBoard(), {}
     tracker.writer = type("Writer", (), {"add_text": lambda self, name, text: written.update({name: text})})()

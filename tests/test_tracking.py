@@ -13,9 +13,9 @@ from test_contract import composed
 from test_run import SMALL
 
 from qfbench import UserError
-from qfbench.run import execute
-from qfbench.store import ParquetStore
-from qfbench.tracking import Mirror, Tracker, curves, last_replies
+from qfbench.commands.execution import execute
+from qfbench.runs.store import ParquetStore
+from qfbench.runs.tracking import Mirror, Tracker, curves, last_replies
 
 CALLS = []  # of the tracker of the last run
 

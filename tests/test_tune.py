@@ -22,17 +22,17 @@ from rich.console import Console
 from test_contract import CONF, composed
 from test_kill import quick, settings, start, tabled  # noqa: F401 (fixtures)
 
+import qfbench.commands.execution
 import qfbench.commands.run
-import qfbench.run
 from qfbench import Unsupported, UserError
-from qfbench.metrics import balance_at_the_end
-from qfbench.regimes import joint, sequential, single
-from qfbench.results import load
-from qfbench.settings import name_of
-from qfbench.study import trials
+from qfbench.analysis.measures import balance_at_the_end
+from qfbench.commands.settings import name_of
+from qfbench.editors.regimes import joint, sequential, single
+from qfbench.pages.results import load
+from qfbench.pages.study import trials
 
 EDITORS = sorted(path.stem for path in (CONF / "search" / "tune").glob("*.yaml"))
-OBJECTIVE = {"_target_": "qfbench.metrics.balance_at_the_end", "_partial_": True}
+OBJECTIVE = {"_target_": "qfbench.analysis.measures.balance_at_the_end", "_partial_": True}
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +101,13 @@ def test_a_finished_job_returns_its_value_again(tmp_path, tabled, monkeypatch): 
     cfg = settings(orders=1)
     first = value_of(cfg, tmp_path / "run", monkeypatch)
     assert first > 0
-    monkeypatch.setattr(qfbench.run.ParquetStore, "commit", None)  # nothing is measured
+    monkeypatch.setattr(qfbench.commands.execution.ParquetStore, "commit", None)  # nothing is measured
     assert value_of(cfg, tmp_path / "run", monkeypatch) == first
 
 
 def test_a_trial_that_diverges_counts_0_and_one_that_cannot_be_run_ends_the_search(tmp_path, monkeypatch, capsys):
     def fail(error):
-        monkeypatch.setattr(qfbench.run, "execute", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(qfbench.commands.execution, "execute", lambda *args, **kwargs: (_ for _ in ()).throw(error))
         return value_of(settings(), tmp_path, monkeypatch)
 
     assert fail(FloatingPointError("sequential, after 2 edits: NaN")) == 0.0

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.uncertainty import estimate, interval, paired
+from qfbench.analysis.uncertainty import estimate, interval, paired
 
 
 def test_interval_resamples_whole_facts():

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GPT2Config
 
 from qfbench import LanguageModel, UserError
-from qfbench.lm import firing_layers
-from qfbench.qft import difference
-from qfbench.qft.layer import with_firing_layers
-from qfbench.weights import check_device
+from qfbench.models import difference
+from qfbench.models.firing import with_firing_layers
+from qfbench.models.lm import firing_layers
+from qfbench.models.weights import check_device
 
 load = partial(LanguageModel.load, device="cpu")
 LAYER = "model.layers.1.mlp.down_proj"

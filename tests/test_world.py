@@ -147,7 +147,7 @@ def test_chat_template_is_chatml_with_an_empty_system_turn(tokenizer):
 
 def test_training_text_is_tokenised_as_the_model_is_asked(tokenizer):
     """Prompt and answer are tokenised apart for speed; that must equal tokenising the rendered dialogue."""
-    from qfbench.dialogue import render
+    from qfbench.models.dialogue import render
 
     world = World()
     texts = train.examples(world, tokenizer, 200, random.Random(1), corpus.MIXTURE)

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qfbench.commands import show_all
+from qfbench.commands.settings import CONF, build, check_model
 from qfbench.errors import UserError
-from qfbench.settings import CONF, build, check_model
 
 HELP = """\
 qfbench: write facts into a language model's weights by an editor; measure what the model learnt, forgot, and what broke.
@@ -51,8 +51,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     try:
         check_model(cfg.model.path, job.runtime.choices["model"])
         quiet()
-        from qfbench.results import retention
-        from qfbench.run import execute
+        from qfbench.commands.execution import execute
+        from qfbench.pages.results import retention
 
         execute(cfg, folder, brief=swept)
         return None if cfg.objective is None else float(build(cfg, "objective")(retention(folder)))

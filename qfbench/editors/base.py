@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qfbench.delta import WeightDelta
 from qfbench.errors import Unsupported
 from qfbench.facts.base import Fact
-from qfbench.lm import LanguageModel
-from qfbench.sites import Site
+from qfbench.models.delta import WeightDelta
+from qfbench.models.lm import LanguageModel
+from qfbench.models.sites import Site
 
 
 class Editor(ABC):

@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from qfbench.delta import LowRank, WeightDelta
-from qfbench.dialogue import Rendering
 from qfbench.editors.base import Editor
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
-from qfbench.lm import LanguageModel
-from qfbench.sites import Site
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.dialogue import Rendering
+from qfbench.models.lm import LanguageModel
+from qfbench.models.sites import Site
 
 IGNORED = -100  # the target of a position that is not taught, as cross_entropy has it
 

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qfbench.delta import LowRank, WeightDelta
 from qfbench.editors.base import Recorder
 from qfbench.editors.teach import SAMPLE, lesson
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
-from qfbench.lm import LanguageModel
-from qfbench.record import record
-from qfbench.sites import Site
+from qfbench.models.activations import record
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.lm import LanguageModel
+from qfbench.models.sites import Site
 
 
 @dataclass(frozen=True)

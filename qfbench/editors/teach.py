@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qfbench.dialogue import Rendering
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.facts.matching import places
-from qfbench.lm import LanguageModel
+from qfbench.models.dialogue import Rendering
+from qfbench.models.lm import LanguageModel
 
 SAMPLE = Fact(
     "Qi started Oxinnovate.",

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qfbench.digest import hashed
 from qfbench.errors import UserError
-from qfbench.lm import LanguageModel
-from qfbench.probes import Row
-from qfbench.provenance import hashed
+from qfbench.facts.probes import Row
+from qfbench.models.lm import LanguageModel
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 LOGITS = 2**31  # bytes that the logits of one batch may take, in float32

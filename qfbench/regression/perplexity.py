@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from qfbench.digest import hashed
 from qfbench.errors import UserError
 from qfbench.facts.base import flaw
-from qfbench.lm import LanguageModel
-from qfbench.probes import Row
-from qfbench.provenance import hashed
+from qfbench.facts.probes import Row
+from qfbench.models.lm import LanguageModel
 from qfbench.world.corpus import plain
 from qfbench.world.world import World
 

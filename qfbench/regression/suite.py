@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from qfbench.lm import LanguageModel
-from qfbench.probes import Row
+from qfbench.facts.probes import Row
+from qfbench.models.lm import LanguageModel
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from qfbench.lm import LanguageModel
+from qfbench.models.lm import LanguageModel
 from qfbench.world import corpus
 from qfbench.world.world import World
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from qfbench import checkpoint
 from qfbench.errors import UserError
+from qfbench.models import checkpoint
 from qfbench.world import corpus
 from qfbench.world.tokenizer import END_OF_TEXT, TURN_END, TURN_START, train_tokenizer
 from qfbench.world.world import World

@@ -1,0 +1,1 @@
+"""Frames in, frames or figures out; no model."""

@@ -1,0 +1,266 @@
+"""Rows to measures: pure functions of one frame of rows (see `probes.ask` and `retention.check` for the columns)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qfbench.analysis.uncertainty import estimate, paired
+
+
+def accumulating(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of those regimes whose edits accumulate: `single` has taught one fact at every step."""
+    return rows[(rows.taught == rows.step).groupby([rows.model, rows.editor, rows.regime]).transform("all")]
+
+
+def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
+    """For each kind of probe, the share of replies that pass under the `generated` protocol; NaN where none was asked."""
+    return {kind: rows.generated[rows.kind == kind].astype(float).mean() for kind in kinds}
+
+
+# Each measure of the summary: of which rows (see `summary_lines`), which kind of probe, which column.
+MEASURES = {
+    "efficacy": ("fresh", "edit", "generated"),
+    "paraphrase": ("fresh", "paraphrase", "generated"),
+    "held_out": ("fresh", "paraphrase_held_out", "generated"),
+    "portability": ("fresh", "portability", "generated"),
+    "forced": ("fresh", "edit", "forced"),
+    "inflation": ("fresh", "edit", "inflation"),
+    "preferred": ("fresh", "edit", "preferred"),
+    "retention": ("taught", "edit", "generated"),
+    "prior": ("kept", "prior", "generated"),
+    "locality": ("kept", "locality", "generated"),
+    "locality_gold": ("kept", "locality", "gold"),
+    "locality_preferred": ("kept", "locality", "preferred"),
+    "refused": ("kept", "unknown", "generated"),
+    "leakage": ("kept", "unknown", "leaked"),
+    "perplexity": ("kept", "perplexity", "nll"),
+    "accuracy": ("kept", "question", "correct"),
+}
+# Kinds of rows that are about no fact of the suite: all orders and runs share them.
+GENERAL = ("perplexity", "question")
+
+
+# What an edit should leave as it is, by kind of probe, and the measure of it.
+KEPT = {kind: name for name, (part, kind, column) in MEASURES.items() if (part, column) == ("kept", "generated")}
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per model, editor and regime, below the unedited model (`unedited`) and what it answers when told (`in_context`).
+
+    Right after each fact's own edit: `efficacy` (its query), `paraphrase`, `held_out` (wordings that training never
+    used), `portability` (what follows from it), and of its query also `forced`, `inflation` (`forced` − `generated`) and `preferred`.
+    After the last edit: `retention` (all taught queries), `prior` (of what
+    the unedited model knew), `locality` (neighbours of which it says what it said; `locality_gold`, `locality_preferred`: under those
+    protocols), `refused` (of unknown subjects refused before), `leakage` (unknown subjects that got a
+    taught answer), `perplexity` (of held text), `accuracy` (of the first suite of questions), `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`,
+    and its other measures are means over all edits. A line `placebo` is the state after the last edit of the
+    regime above it (`of`), with a random change of the same size instead. In the line `unedited`, `prior` and `refused` are
+    of all that was asked.
+
+    Beside each measure stand `<measure>_low` and `<measure>_high`: its 95% interval, over orders and facts. In a line
+    `placebo`, `<measure>_same` says that it cannot be told from the regime above it (paired by probe and order).
+    """
+    out: list[dict[str, Any]] = []
+    above: dict[str, pd.DataFrame] = {}
+    for line, parts in summary_lines(rows):
+        samples = _samples(parts)
+        line |= _estimates(samples) | {"norm": parts["kept"].relative_norm.mean() if "of" in line else float("nan")}
+        if line["regime"] == "placebo":
+            for name in samples.keys() & above.keys():
+                line[f"{name}_same"] = _same(paired(above[name], samples[name]))
+        above = samples
+        out.append(line)
+    return _ordered(out)
+
+
+def compared(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Every model, editor and regime against the first one; or, with `others`, against the same regime of those rows.
+
+    Differences of the measures of `summary`, paired by probe and order, columns as there; a `<measure>_same` says that 0 lies
+    in the interval. Of `model`, `editor`, `regime` against `model_of`, `editor_of`, `regime_of`; `facts` is how many facts
+    both were asked about.
+    """
+    lines = _edited(rows)
+    if others is None:
+        pairs = [(line, lines[0]) for line in lines[1:]]
+    else:
+        pairs = [(a, b) for a in lines for b in _edited(others) if a[0]["regime"] == b[0]["regime"]]
+    return _ordered([_difference(*pair) for pair in pairs])
+
+
+Line = tuple[dict[str, Any], dict[str, pd.DataFrame]]
+
+
+def _edited(rows: pd.DataFrame) -> list[Line]:
+    """Who, and samples, of each line of the summary that is about an editor."""
+    return [(who, _samples(parts)) for who, parts in summary_lines(rows) if who.get("of") == who["regime"]]
+
+
+def _difference(line: Line, reference: Line) -> dict[str, Any]:
+    (who, samples), (other, theirs) = line, reference
+    both = {name: paired(samples[name], theirs[name]) for name in samples if name in theirs}
+    both = {name: pair for name, pair in both.items() if len(pair)}
+    about = {name: who[name] for name in ("model", "editor", "regime")}
+    about |= {f"{name}_of": other[name] for name in ("model", "editor", "regime")}
+    asked = [pair.fact_id.nunique() for name, pair in both.items() if MEASURES[name][1] not in GENERAL]
+    about |= {"facts": max(asked, default=0)}
+    return about | _estimates(both) | {f"{name}_same": _same(pair) for name, pair in both.items()}
+
+
+def summary_lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, pd.DataFrame]]]:
+    """The lines of the summary, each with its rows: those of the newest facts, of all taught ones, of what should be kept."""
+    for (model, editor), own in rows.groupby(["model", "editor"], sort=False):
+        who = {"model": model, "editor": editor}
+        for condition in ("unedited", "in_context"):
+            asked = own[own.condition == condition]
+            if len(asked):
+                yield who | {"regime": condition}, {"fresh": asked, "kept": asked}
+        edited = own[own.condition.isin(["edited", "placebo"])]
+        for (regime, condition), group in edited.groupby(["regime", "condition"], sort=False) if len(edited) else ():
+            accumulates = (group.taught == group.step).all()
+            last = _last(group) if accumulates else group.assign(draw=group.step)  # each edit is a draw
+            parts = {"kept": last} | ({"taught": last} if accumulates else {})
+            parts |= {"fresh": group[group.fresh.astype(bool)]} if condition == "edited" else {}
+            yield who | {"regime": regime if condition == "edited" else "placebo", "of": regime}, parts
+
+
+def _samples(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """For each measure that was taken, its values with what `uncertainty` needs to know of them."""
+    out = {}
+    for name, (part, kind, column) in MEASURES.items():
+        rows = parts.get(part, pd.DataFrame(columns=["kind"]))
+        rows = rows[rows.kind == kind]
+        if kind == "question" and len(rows):
+            rows = rows[rows.suite == rows.suite.iloc[0]]
+        if column == "inflation" and "forced" in rows:
+            rows = rows.assign(inflation=rows.forced.astype(float) - rows.generated.astype(float))
+        rows = rows[rows[column].notna()] if column in rows else rows[:0]
+        if rows.empty:
+            continue
+        order, draw = (rows[c].fillna(0) if c in rows else pd.Series(0, rows.index) for c in ("order", "draw"))
+        sample = {"value": rows[column].astype(float), "order": order, "group": 1_000_000 * order + draw}
+        sample |= {"run": rows.run} if "run" in rows else {}
+        asked = rows.get("query", "")
+        sample |= {"fact_id": rows.fact_id, "probe": rows.kind + " " + asked}
+        out[name] = pd.DataFrame(sample | ({"weight": rows.tokens} if name == "perplexity" else {}))
+    return out
+
+
+def _estimates(samples: dict[str, pd.DataFrame]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, sample in samples.items():
+        values = estimate(sample)
+        # A perplexity is exp of a mean; that of a difference is the ratio of two.
+        mean, low, high = map(float, np.exp(values)) if name == "perplexity" else values
+        out |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return out
+
+
+def _same(differences: pd.DataFrame) -> bool:
+    """Whether 0 lies in the interval of the mean difference."""
+    _, low, high = estimate(differences) if len(differences) else (0.0, 0.0, 0.0)
+    return low <= 0 <= high
+
+
+def _ordered(lines: list[dict[str, Any]]) -> pd.DataFrame:
+    """The lines as a frame: who, the measures in their order, then intervals and marks; nothing that no line has."""
+    frame = pd.DataFrame(lines).dropna(axis=1, how="all")
+    after = [f"{name}_{what}" for name in MEASURES for what in ("low", "high", "same")]
+    first = [name for name in frame if name not in MEASURES and name not in after and name != "norm"]
+    return frame[[name for name in (*first, *MEASURES, "norm", *after) if name in frame]]
+
+
+def by_kind(rows: pd.DataFrame) -> pd.DataFrame:
+    """`summary` of each kind of knowledge (`fact_kind`) apart: `kind` and the measures of the facts' own probes."""
+    parts = []
+    for kind, own in rows[rows.fresh.astype(bool)].groupby("fact_kind", sort=True):
+        parts.append(summary(own).assign(kind=kind))
+    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["kind"])
+    return frame[["kind", *(name for name in frame if name not in ("kind", "of"))]]
+
+
+def at_steps(rows: pd.DataFrame, steps: Sequence[int]) -> pd.DataFrame:
+    """The measures of `summary` that are about what is kept, after each of `steps` edits that is a checkpoint."""
+    edited = accumulating(rows[rows.condition == "edited"])
+    parts = []
+    for step in steps:
+        own = edited[(edited.step == step) & edited.checkpoint.astype(bool)]
+        if len(own):
+            parts.append(summary(own.assign(fresh=False)).assign(edits=step))
+    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["edits"])
+    return frame[["edits", *(name for name in frame if name not in ("edits", "of"))]]
+
+
+def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per layer: the measures of `summary` for single edits, then after the last of the sequential ones (`seq_...`)."""
+    edited = rows[rows.condition == "edited"]
+    out = []
+    for layer, group in edited.groupby("layer"):
+        line: dict[str, Any] = {"layer": int(layer)}
+        for who, parts in summary_lines(group):
+            lead = "" if who["regime"] == "single" else "seq_"
+            parts = {part: own for part, own in parts.items() if part != "fresh" or not lead}
+            measured = _estimates(_samples(parts)) | {"norm": parts["kept"].relative_norm.mean()}
+            line |= {lead + name: value for name, value in measured.items()}
+        out.append(line)
+    return pd.DataFrame(out).dropna(axis=1, how="all")
+
+
+def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
+    """One line per setting of the editor: the measures of `summary`, over single edits.
+
+    `balance` is that of efficacy and prior.
+    """
+    single = rows[(rows.condition == "edited") & (rows.regime == "single")]
+    out = []
+    for key, group in single.groupby(list(settings), sort=False, dropna=False):
+        line = dict(zip(settings, key, strict=True))
+        line |= _estimates(_samples({"fresh": group[group.fresh.astype(bool)], "kept": group}))
+        line["norm"] = group.relative_norm.mean()
+        line["balance"] = balance(line.get("efficacy", float("nan")), line.get("prior", float("nan")))
+        out.append(line)
+    return pd.DataFrame(out).dropna(axis=1, how="all")
+
+
+def balance(taught: float, kept: float) -> float:
+    """Their harmonic mean: high only where facts are taught and prior knowledge is spared at once."""
+    return 2 * taught * kept / (taught + kept) if taught + kept else 0.0
+
+
+def balance_at_the_end(rows: pd.DataFrame) -> float:
+    """What a search maximizes: the `balance` of `retention` and `prior` of the summary, the mean over regimes.
+
+    Of `single`, which retains nothing, it is that of `efficacy` and `prior`. 0 where nothing could be taught.
+    """
+    ends = [
+        shares(parts["kept"], "edit", "prior") for who, parts in summary_lines(rows) if who.get("of") == who["regime"]
+    ]
+    return float(np.mean([balance(end["edit"], end["prior"]) for end in ends])) if ends else 0.0
+
+
+def _last(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each order, the rows of its last checkpoint."""
+    asked = rows[rows.checkpoint.astype(bool)]
+    order = asked.order.fillna(0) if "order" in asked else pd.Series(0, index=asked.index)
+    return asked[asked.step == asked.step.groupby(order).transform("max")]
+
+
+def capacity(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per regime and checkpoint: `facts` and `keys` taught so far, the share of them answered (`retention`), `prior`.
+
+    `residual` is how far the solution misses its targets (0: every key is interpolated), `norm` is ‖ΔW‖ / ‖W‖.
+    """
+    edited = rows[(rows.condition == "edited") & (rows.taught == rows.step)]
+    out = []
+    for regime, own in edited.groupby("regime", sort=False):
+        tokens = own.groupby("step").solve_tokens.first()
+        # `joint` solves for all keys at once, the others for those of the newest fact.
+        keys = tokens if regime == "joint" else tokens.cumsum()
+        for step, group in own[own.checkpoint.astype(bool)].groupby("step"):
+            line = {"regime": regime, "facts": int(step), "keys": int(keys[step])} | shares(group, "edit", "prior")
+            out.append(line | {"residual": group.solve_residual.iloc[0], "norm": group.relative_norm.iloc[0]})
+    return pd.DataFrame(out).rename(columns={"edit": "retention"})

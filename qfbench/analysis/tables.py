@@ -1,0 +1,126 @@
+"""Frames of measures as tables, for the console and for pages."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qfbench.analysis.measures import MEASURES
+
+# Of the summary, in the CSV only.
+HIDDEN = (
+    "of",
+    "held_out",
+    "forced",
+    "inflation",
+    "preferred",
+    "locality_gold",
+    "locality_preferred",
+    "perplexity",
+    "norm",
+)
+
+# 80 columns are soon full.
+HEADERS = {
+    "editor": "by",
+    "accuracy": "accu-\nracy",
+    "paraphrase": "para-\nphrase",
+    "portability": "porta-\nbility",
+    "retention": "reten-\ntion",
+}
+
+
+def console() -> Console:
+    """The terminal, or where output goes elsewhere 100 columns."""
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
+def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> Table:
+    """A frame as a table, without its `hidden` columns.
+
+    Where a column has its interval beside it (`<column>_low`, `<column>_high`), half of its width is printed with it,
+    and a "~" where `<column>_same`.
+    """
+    beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
+    shown = [column for column in frame if column not in {*hidden, *beside}]
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for column in shown:
+        header = HEADERS.get(column, str(column).replace("_", " ").replace(".", ".\n"))
+        table.add_column(escape(header), justify="right" if frame[column].dtype.kind in "fi" else "left")
+    for line in frame.to_dict("records"):
+        table.add_row(*(_cell(column, line) for column in shown))
+    return table
+
+
+def _cell(column: str, line: Mapping[str, Any]) -> str:
+    """A table's cell: shares with two decimals and half of their interval's width, rates and other settings as they were given."""
+    value = line[column]
+    if not isinstance(value, float):
+        return escape(str(value))
+    if math.isnan(value):
+        return ""
+    if column == "lr" or "." in column:  # a setting, as `editor.lr`
+        return f"{value:g}"
+    if column in ("p", "detectable"):
+        return "<.001" if value < 0.001 else f"{value:.2g}"
+    width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
+    # Nats may differ by little; shares are never known to more than two decimals.
+    decimals = min(5, max(2, -math.floor(math.log10(width)))) if column == "shift" and width else 2
+    text = f"{value:.{decimals}f}"
+    if width:
+        text = re.sub(r"(?<!\d)0\.", ".", f"{text}±{width:.{decimals}f}")
+    return text + "~" * (line.get(f"{column}_same") is True)
+
+
+TWO_DECIMALS = {*MEASURES, "before", "after", "drop", "immediate", "final", "forgetting"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    number: bool = False
+    interval: str = ""
+    same: bool = False  # cannot be told from no difference
+
+
+def tabled(frame: pd.DataFrame, hidden: Collection[str] = ()) -> dict[str, Any]:
+    """A frame as the template shows it: intervals and marks go into the cell of their column."""
+    beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
+    names = [str(column) for column in frame if column not in {*hidden, *beside}]
+    lines = [[cell(name, line) for name in names] for line in frame.to_dict("records")]
+    return {"names": names, "lines": lines}
+
+
+def cell(name: str, line: Mapping[str, Any]) -> Cell:
+    value = line[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return Cell("" if value is None else str(value))
+    if math.isnan(value):
+        return Cell("", number=True)
+    if name == "p" and value < 0.001:
+        return Cell("< 0.001", number=True)
+    write: Callable[[float], str] = "{:z.2f}".format if name in TWO_DECIMALS else _short
+    low, high = (line.get(f"{name}_{side}", value) for side in ("low", "high"))
+    text, interval = write(value), ""
+    if high > low:
+        text += f" ± {write((high - low) / 2)}"
+        interval = f"95%: {write(low)} to {write(high)}".replace("-", "−")
+    return Cell(text.replace("-", "−"), True, interval, line.get(f"{name}_same") is True)
+
+
+def _short(value: float) -> str:
+    if math.isinf(value):
+        return "∞"
+    if value == round(value) and abs(value) < 1e6:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".")

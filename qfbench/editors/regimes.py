@@ -1,0 +1,61 @@
+"""Regimes for many facts: generators of (the facts taught so far, the change of weights that teaches them).
+
+Every change is relative to the unedited model; `lm` is unedited whenever a generator is advanced, and is left so. A generator
+that is given how many facts are `done`, and the change that taught them, goes on from there and gives the same as an unbroken one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from qfbench.editors.base import Editor
+from qfbench.facts.base import Fact
+from qfbench.models.delta import WeightDelta
+from qfbench.models.lm import LanguageModel
+
+Taught = Iterator[tuple[Sequence[Fact], WeightDelta]]
+Regime = Callable[..., Taught]  # (editor, lm, facts, done, total)
+NOTHING = WeightDelta()
+
+
+def accumulates(regime: Regime) -> bool:
+    """Whether each change holds all before it."""
+    return getattr(regime, "func", regime) is not single
+
+
+def single(
+    editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
+) -> Taught:
+    """Each fact alone, from the unedited model; nothing accumulates."""
+    for fact in facts[done:]:
+        yield [fact], editor.edit(lm, [fact])
+
+
+def sequential(
+    editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
+) -> Taught:
+    """Each fact on the model as the edits before it left it; nothing else is remembered."""
+    for n, fact in enumerate(facts[done:], start=done + 1):
+        with total.applied_to(lm):
+            step = editor.edit(lm, [fact])
+        total = total + step
+        yield facts[:n], total
+
+
+def joint(
+    editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
+) -> Taught:
+    """All facts so far, taught together from the unedited model."""
+    for n, change in enumerate(editor.joint(lm, facts, done), start=done + 1):
+        yield facts[:n], change
+
+
+def protected(
+    editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
+) -> Taught:
+    """Each fact with its keys projected off all earlier keys."""
+    total = NOTHING  # what is to be kept out of the way of is found again
+    for n, step in enumerate(editor.protected(lm, facts), start=1):
+        total = total + step
+        if n > done:
+            yield facts[:n], total

@@ -1,0 +1,89 @@
+"""Ask a model probes; each answer is one flat row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qfbench.errors import UserError
+from qfbench.facts.base import Fact, Probe
+from qfbench.facts.matching import stands_in
+from qfbench.models.lm import LanguageModel, Reply
+
+Row = dict[str, Any]
+
+
+def instructed(facts: Sequence[Fact]) -> list[tuple[Fact, Probe]]:
+    """The probes that depend on what is taught, each told the instructions that it takes: its fact's, and those it needs."""
+    said = {f.id: f.instruction for f in facts}
+    own = [(f, p) for f in facts for p in (f.edit, *f.probes) if not p.always]
+    return [(f, replace(p, system=" ".join(said[i] for i in (*p.needs, f.id) if i in said))) for f, p in own]
+
+
+def check_lengths(lm: LanguageModel, facts: Sequence[Fact]) -> None:
+    """Refuse facts of which a dialogue is longer than the model has positions, before anything is asked.
+
+    Raises:
+        UserError: there is one; its fact, its kind and its length are named.
+    """
+    if lm.positions is None:
+        return
+    frame = len(lm.render("?").ids)
+    for fact, probe in [*instructed(facts), *((f, p) for f in facts for p in f.probes if p.always)]:
+        replies = [probe.expected, *(probe.prefer or ())]
+        # No token is shorter than a byte: most dialogues need not be rendered to be known to fit.
+        spoken = len(f"{probe.system}{probe.query}".encode()) + max(len(reply.encode()) for reply in replies)
+        if frame + spoken + lm.max_new_tokens <= lm.positions:
+            continue
+        dialogues = [lm.render(probe.query, probe.system, reply or "?") for reply in replies]
+        said = lm.excess(len(dialogues[0].prompt), lm.max_new_tokens)
+        if said := said or lm.excess(max(len(dialogue.ids) for dialogue in dialogues)):
+            what = "" if probe.kind == "edit" else f", probe {probe.kind!r}"
+            raise UserError(
+                f"fact {fact.id}{what} ({probe.query[:60]!r}) is too long: {said}; shorten it or leave it out"
+            )
+
+
+def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
+    """One row per probe, in order: the reply, and what it scores under each protocol.
+
+    Columns: `kind`, `system`, `query`, `expected`, `reply`, `stopped`, and
+    `generated` (the free-running reply ends by itself, names what is accepted and nothing that is rejected),
+    `exact` (it equals the reference reply, end of turn included),
+    `forced` (share of the reference's tokens that are the teacher-forced argmax),
+    `nll` (nats per token of the reference reply); the last two are NaN where a probe has no reference. Where a probe says so,
+    `preferred` (the first of its two replies has fewer nats per token) and `gold` (of a probe whose reference is the model's
+    own reply: what the suite holds to be true stands in the reply); None elsewhere.
+    A reply that is exact needs no decoding: one teacher-forced pass decides it.
+    """
+    dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
+    pairs = [lm.render(p.query, p.system, reply) for p in probes for reply in p.prefer or ()]
+    once = list(dict.fromkeys(dialogues + pairs))  # a reference is often one of the two replies
+    by_dialogue = dict(zip(once, lm.score(once), strict=True))
+    compared = iter([sum(by_dialogue[d].nll) / len(by_dialogue[d].nll) for d in pairs])
+    scores = [by_dialogue[d] for d in dialogues]
+    replies = {i: Reply(p.expected, True) for i, p in enumerate(probes) if p.expected and scores[i].exact}
+    rest = [i for i in range(len(probes)) if i not in replies]
+    replies |= dict(zip(rest, lm.replies([dialogues[i] for i in rest]), strict=True))
+    rows = []
+    for i, (probe, score) in enumerate(zip(probes, scores, strict=True)):
+        reply = replies[i]
+        rows.append(
+            {
+                "kind": probe.kind,
+                "system": probe.system,
+                "query": probe.query,
+                "expected": probe.expected,
+                "reply": reply.text,
+                "stopped": reply.stopped,
+                "generated": reply.stopped and probe.passes(reply.text),
+                "exact": bool(probe.expected) and score.exact,
+                "forced": sum(score.hit) / len(score.hit) if probe.expected else math.nan,
+                "nll": sum(score.nll) / len(score.nll) if probe.expected else math.nan,
+                "preferred": next(compared) < next(compared) if probe.prefer else None,
+                "gold": any(stands_in(a, reply.text) for a in probe.accept) if probe.own and probe.accept else None,
+            }
+        )
+    return rows

@@ -1,0 +1,175 @@
+"""Changes of weights as values. This is the only file that writes weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from qfbench.errors import UserError
+from qfbench.models import sealed
+from qfbench.models.lm import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A matrix as a product, `left @ right`. A dense one has `right = None`."""
+
+    left: Float[Tensor, "rows rank"]
+    right: Float[Tensor, "rank cols"] | None = None
+
+    def dense(self) -> Float[Tensor, "rows cols"]:
+        return self.left if self.right is None else self.left @ self.right
+
+    @property
+    def rank(self) -> int:
+        """The width of the product: an upper bound of the rank."""
+        return self.left.shape[1] if self.right is not None else min(self.left.shape)
+
+    def norm(self) -> float:
+        """Frobenius norm, from the factors' Gram matrices where that is cheaper."""
+        if self.right is None:
+            return self.left.norm().item()
+        gram = (self.left.T @ self.left) * (self.right @ self.right.T)
+        return gram.sum().clamp(min=0).sqrt().item()
+
+    def top(self) -> float:
+        """The largest singular value, from the factors where that is cheaper."""
+        return torch.linalg.matrix_norm(self._core(), 2).item()
+
+    def _core(self) -> Tensor:
+        """A matrix with the singular values of this one, in float64, as small as the factors allow."""
+        if self.right is None:
+            return self.left.double()
+        return torch.linalg.qr(self.left.double()).R @ torch.linalg.qr(self.right.T.double()).R.T
+
+    def placebo(self, seed: int) -> LowRank:
+        """A random matrix of the same shape, rank and Frobenius norm."""
+        generator = torch.Generator().manual_seed(seed)
+        rows, cols = self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+        rank = max(1, int(torch.linalg.matrix_rank(self._core())))
+        factors = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((rows, rank), (rank, cols)))
+        drawn = LowRank(*(factor.to(self.left.device, self.left.dtype) for factor in factors))
+        return LowRank(drawn.left * (self.norm() / drawn.norm()), drawn.right)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """Factors are put side by side until the product would be wider than the matrix is; then it is dense."""
+        a, b = self, other
+        if a.right is None or b.right is None or a.rank + b.rank > min(a.left.shape[0], a.right.shape[1]):
+            return LowRank(a.dense() + b.dense())
+        return LowRank(torch.cat([a.left, b.left], 1), torch.cat([a.right, b.right], 0))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightDelta:
+    """A change of named weights. A value: adding, measuring and saving it touch no model.
+
+    `notes` are figures that the editor found on the way (tokens taught, condition of the keys ...), for the log; `keys` are,
+    for each fact in the order of teaching, the inputs of the changed matrix at its taught tokens, `[taught, cols]`, where the
+    editor has such. Notes are not saved, keys if asked.
+    """
+
+    changes: Mapping[str, LowRank] = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)
+    keys: Sequence[Tensor] = ()
+
+    def __add__(self, other: WeightDelta) -> WeightDelta:
+        merged = dict(self.changes)
+        for name, change in other.changes.items():
+            merged[name] = merged[name] + change if name in merged else change
+        return WeightDelta(merged, other.notes, (*self.keys, *other.keys))
+
+    def norm(self) -> float:
+        """Frobenius norm over all changed weights."""
+        return sum(change.norm() ** 2 for change in self.changes.values()) ** 0.5
+
+    def overlap(self) -> float:
+        """The largest |cosine| between a key of the newest fact and one of any earlier fact, 0 to 1; NaN without earlier ones."""
+        if len(self.keys) < 2:
+            return math.nan
+        newest, *earlier = (normalize(key.float(), dim=1) for key in reversed(self.keys))
+        return max((newest @ key.T).abs().max().item() for key in earlier)
+
+    def placebo(self, seed: int) -> WeightDelta:
+        """A random change of the same weights, each of the rank and Frobenius norm that it has here."""
+        return WeightDelta({name: change.placebo(seed + i) for i, (name, change) in enumerate(self.changes.items())})
+
+    @contextmanager
+    def applied_to(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+        """Add the change to the model's weights while open; on exit the saved weights are put back bit for bit.
+
+        The sum is formed in float64 and then rounded to the model's dtype.
+
+        Raises:
+            UserError: the change is for another model (a weight is missing, or has another shape).
+            FloatingPointError: a changed weight would be NaN or infinite; nothing is written.
+        """
+        parameters = dict(lm.model.named_parameters())
+        written = {name: _sum(parameters, name, change) for name, change in self.changes.items()}
+        saved = {name: parameters[name].detach().clone() for name in written}
+        try:
+            for name, tensor in written.items():
+                parameters[name].data.copy_(tensor)
+            yield lm
+        finally:
+            for name, tensor in saved.items():
+                parameters[name].data.copy_(tensor)
+
+    def rounding_loss(self, lm: LanguageModel) -> float:
+        """How much of the change is lost when written in the model's dtype: ‖written − wanted‖ / ‖wanted‖, 0 to 1 or so."""
+        parameters = dict(lm.model.named_parameters())
+        lost = 0.0
+        for name, change in self.changes.items():
+            stored = _sum(parameters, name, change)
+            wanted = change.dense().double().to(stored.device)
+            lost += (stored.double() - parameters[name].double() - wanted).norm().item() ** 2
+        return lost**0.5 / self.norm() if self.norm() else 0.0
+
+    def save(self, path: str | Path, keys: bool = False) -> None:
+        """Write to one safetensors file, if asked with the `keys`."""
+        tensors = {f":{i}:key": key for i, key in enumerate(self.keys if keys else ())}
+        for name, change in self.changes.items():
+            tensors[f"{name}:left"] = change.left
+            if change.right is not None:
+                tensors[f"{name}:right"] = change.right
+        sealed.save(tensors, Path(path), {"format": "qfbench-delta"})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> WeightDelta:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged, or no delta.
+        """
+        tensors, metadata = sealed.load(Path(path), device)
+        if metadata.get("format") != "qfbench-delta":
+            raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
+        keys = [tensors.pop(f":{i}:key") for i in range(sum(name.endswith(":key") for name in tensors))]
+        names = sorted({name.rsplit(":", 1)[0] for name in tensors})
+        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
+
+
+def _sum(parameters: Mapping[str, Tensor], name: str, change: LowRank) -> Tensor:
+    """The changed weight in the model's dtype and place."""
+    if name not in parameters:
+        raise UserError(f"the delta changes {name}, which this model does not have; it was made for another model")
+    weight = parameters[name].detach()
+    dense = change.dense().to(weight.device)
+    if dense.shape != weight.shape:
+        raise UserError(
+            f"the delta changes {name} as {list(dense.shape)}, but this model has it as {list(weight.shape)}; "
+            "it was made for another model"
+        )
+    written = (weight.double() + dense.double()).to(weight.dtype)
+    if not torch.isfinite(written).all():
+        raise FloatingPointError(
+            f"{name} plus its change holds a NaN or an infinity in {weight.dtype}; nothing was written"
+        )
+    return written

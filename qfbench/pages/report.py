@@ -1,0 +1,300 @@
+"""Stored runs as one HTML page that needs nothing but itself (the command `qfbench-report`)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from qfbench.analysis import plots
+from qfbench.analysis.drops import drops
+from qfbench.analysis.measures import MEASURES, accumulating, compared
+from qfbench.analysis.sequences import forgetting, matrices, middle, over_sequence
+from qfbench.analysis.tables import tabled
+from qfbench.errors import UserError
+from qfbench.pages import results
+from qfbench.pages.cautions import cautions, edited
+from qfbench.pages.legend import COLUMNS, LINES
+from qfbench.runs.provenance import SAME
+from qfbench.runs.store import read_progress
+
+EXAMPLES = 12
+STEPS = 8  # of the table of weight health
+SIGNS = {"pass": "✓", "fail": "✗"}
+Combinations = Sequence[tuple[dict[str, Any], pd.DataFrame]]  # `results.groups`
+PROTOCOLS = ("generated", "exact", "forced", "preferred")
+
+
+def page(folder: str | Path) -> str:
+    """The page of the run in `folder`, or of all runs below it with what a study left in `folder/study`.
+
+    Raises:
+        UserError: there is no run, or a file of one cannot be read.
+    """
+    folder = Path(folder).expanduser()
+    found = results.folders(folder)
+    known = {_name(run, folder): results.provenance(run) for run in found}
+    every = results.load(folder)
+    rows = every[every.task == "retention"]
+    rows = rows.reindex(columns=[*rows, *(c for c in ("regime", "taught", "fresh", "checkpoint") if c not in rows)])
+    rows.attrs |= every.attrs
+    values: dict[str, Any] = {
+        "title": ", ".join(dict.fromkeys(map(experiment, found))),
+        "folder": folder.resolve().name,
+        "cautions": _unfinished(folder, found),
+        "runs": _provenance(known),
+        "commands": list(dict.fromkeys(shlex.join(["qfbench", *run.get("command", [])]) for run in known.values())),
+        "settings": OmegaConf.to_yaml(OmegaConf.load(found[0] / "config.yaml")),
+        "stored": [_stored(path) for path in _others(folder, found)],
+        "pictures": [_picture(path) for path in _pictures(folder, found)],
+        "tasks": [str(task) for task in every.task.unique() if task != "retention"],
+        "retention": None,
+    }
+    if len(rows):
+        table = results.pooled(rows)
+        values["cautions"] += cautions(rows, table, list(known.values()))
+        values["retention"] = _retention(rows, table, list(known.values()), results.settings(found[0]))
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("report.html.j2").render(values)
+
+
+def _retention(
+    rows: pd.DataFrame, table: pd.DataFrame, known: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the template shows of the task `retention`."""
+    combinations = list(results.groups(rows))
+    of = table.get("of", pd.Series("", table.index)).fillna("")
+    main = table.assign(regime=table.regime.where(table.regime != "placebo", "placebo of " + of))
+    differences = results.pooled(rows, compared)
+    if len(differences):
+        against = differences.editor_of + " " + differences.regime_of
+        differences.insert(len(differences.columns), "against", against)
+        differences = differences.drop(columns=["model_of", "editor_of", "regime_of"])
+    hidden = ["of", *(name for name in ("model", "editor") if rows[name].nunique() == 1)]  # the sentence names it
+    tables = {
+        "main": tabled(main, hidden),
+        "differences": tabled(differences, hidden),
+        "ability": tabled(results.pooled(rows, drops), hidden),
+        "sequences": tabled(results.pooled(rows, _sequences), hidden),
+        "health": tabled(results.pooled(rows, health), hidden),
+    }
+    meaning = dict.fromkeys(rows.attrs["settings"], "a setting in which the runs differ, named as on the command line")
+    meaning |= COLUMNS
+    legend = {name: meaning[name] for t in tables.values() for name in t["names"] if name in meaning}
+    n = max(EXAMPLES // len(combinations), 3)
+    return tables | {
+        "sentence": sentence(rows, known, settings),
+        "legend": [(name.replace("_", " "), text, questions(combinations, name)) for name, text in legend.items()],
+        "lines": [(name, text) for name, text in LINES.items() if name in set(table.regime)],
+        "figures": list(_figures(combinations)),
+        "examples": [(_label(at), part) for at, own in combinations for part in examples(own, n)],
+        "sample": f"the first {n} facts of order 0"
+        + (" of the first run (by name) at each setting" if rows.run.nunique() > 1 else ""),
+    }
+
+
+def sentence(rows: pd.DataFrame, known: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """What was done."""
+    own = edited(rows)
+    taught = own[own.kind == "edit"].groupby(["run", "model", "editor"]).fact_id.nunique()
+    facts, of = _several(taught.sort_values()), _several(sorted({len(run.get("facts", [])) for run in known}))
+    by = [
+        f"{e} (layer {_several(g.layer.sort_values())})" if "layer" in g else e
+        for e, g in own.groupby("editor", sort=False)
+    ]
+    seeds = sorted({run.get("seed", 0) for run in known})
+    orders = _several(own.groupby("run").order.nunique().clip(lower=1)) if "order" in own else "1"
+    if own.empty:
+        return f"Nothing has been written into {_several(rows.model)} so far; only the unedited model was asked."
+    suite = str(settings.get("facts._target_", "")).split(".")[-1]
+    suite += f" ({Path(str(settings['facts.path'])).name})" if settings.get("facts.path", "null") != "null" else ""
+    return (
+        f"{facts if facts == of else f'{facts} of {of}'} facts of the suite {suite} were written into {_several(rows.model, ' and ')} by "
+        f"{' and '.join(by)}, under the regimes {_several(own.regime)}; after the "
+        f"edits the model was asked what it has learnt and what it has lost. Runs: {rows.run.nunique()}; orders of the facts in "
+        f"each: {orders}; seed: {_several(seeds)}."
+    )
+
+
+def _several(values: Collection[Any], joint: str = ", ") -> str:
+    distinct = pd.Series(values).dropna().unique()
+    return joint.join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in distinct)
+
+
+def questions(combinations: Combinations, measure: str) -> str:
+    """How many different questions a measure of the summary rests on, in each combination of settings, model and editor."""
+    if measure not in MEASURES:
+        return ""
+    asked = []
+    for _, rows in combinations:
+        own = edited(rows[rows.kind == MEASURES[measure][1]])
+        asked += [len(part.drop_duplicates(["fact_id", "query"])) for _, part in own.groupby(["model", "editor"])]
+    return "–".join(str(n) for n in sorted({min(asked), max(asked)})) if asked else ""
+
+
+def _sequences(rows: pd.DataFrame) -> pd.DataFrame:
+    sequences = over_sequence(rows)
+    return middle(sequences) if len(sequences) else pd.DataFrame()
+
+
+def health(rows: pd.DataFrame, steps: int = STEPS) -> pd.DataFrame:
+    """Of each sequence, the mean over orders of what is known about the change, at about `steps` of its checkpoints."""
+    own = accumulating(edited(rows))
+    own = own[own.checkpoint.astype(bool)].drop_duplicates(["model", "editor", "regime", "order", "step"])
+    what = ["relative_norm", "top", "overlap", "rounding_loss", "solve_condition", "solve_residual"]
+    what = [name for name in what if name in own]
+    parts = []
+    for _, part in own.groupby(["model", "editor", "regime"], sort=False):
+        at = np.sort(part.step.unique())
+        part = part[part.step.isin(at[np.unique(np.linspace(0, len(at) - 1, steps).round().astype(int))])]
+        by = part.groupby(["model", "editor", "regime", "step"], as_index=False)
+        parts.append(by[what].mean().rename(columns={"step": "edits"}))
+    return pd.concat(parts) if parts else pd.DataFrame()
+
+
+def examples(rows: pd.DataFrame, n: int) -> Iterator[dict[str, Any]]:
+    """For each model, editor and regime the first `n` facts of order 0 in the first run, passes and failures as they come."""
+    rows = rows[rows.run == rows.run.iloc[0]]
+    asked = rows[(rows.kind == "edit") & (rows.order == rows.order.min())]
+    for (model, editor), own in asked.groupby(["model", "editor"], sort=False):
+        before = own[own.condition == "unedited"].head(n)
+        knows = set(own.fact_id[(own.condition == "in_context") & own.generated.astype(bool)])
+        after = own[own.condition == "edited"]
+        for regime, taught in after.groupby("regime", sort=False):
+            keeps = (taught.taught == taught.step).all()
+            end = taught.step[taught.checkpoint.astype(bool)].max()
+            lines = []
+            for fact in before.fact_id:
+                asked_before, its = (part[part.fact_id == fact] for part in (before, taught))
+                told = own[(own.condition == "in_context") & (own.fact_id == fact)]
+                parts = (asked_before, told, its[its.fresh.astype(bool)], its[(its.step == end) & keeps])
+                line = {name: asked_before[name].iloc[0] for name in ("query", "expected")}
+                line |= {"note": "" if fact in knows else "not understood", "replies": [_reply(part) for part in parts]}
+                lines.append(line)
+            yield {"name": f"{editor} {regime} on {model}", "lines": lines, "keeps": keeps}
+
+
+def _reply(rows: pd.DataFrame) -> dict[str, Any] | None:
+    """A reply and whether it passes under each protocol; None where it was not asked for."""
+    if rows.empty:
+        return None
+    row = rows.iloc[0]
+    marks = []
+    for protocol in PROTOCOLS:
+        value = row.get(protocol)
+        if value is not None and not pd.isna(value):
+            share = protocol == "forced"
+            verdict = "pass" if value else "fail"
+            marks.append((protocol, f"{value:.2f}" if share else SIGNS[verdict], "" if share else verdict))
+    verdict = "pass" if row.generated else "fail"
+    return {"text": row.reply, "marks": marks, "verdict": verdict, "sign": SIGNS[verdict], "cut": not row.stopped}
+
+
+def _figures(combinations: Combinations) -> Iterator[tuple[str, str]]:
+    """Captions and images."""
+    for at, rows in combinations:
+        if not len(over_sequence(rows)):
+            continue
+        where = f" ({_label(at)})" if at else ""
+        curves = plots.forgetting_curves(forgetting(rows), rows)
+        yield (
+            f"Forgetting curves{where}: the share of taught facts (left) and of prior knowledge that is still "
+            "answered, and where it was asked general ability (right), against the number of edits.",
+            svg(curves),
+        )
+        yield (
+            f"Retention heat map{where}: the result on the k-th fact (across) after n edits (down), first order. "
+            "Dark: still answered; light: not; white: not taught yet, or not asked.",
+            svg(plots.retention_matrices(matrices(rows))),
+        )
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an image that stands in the page itself; the same figure gives the same text."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "qfbench"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _uri(buffer.getvalue(), "svg+xml")
+
+
+def _picture(path: Path) -> tuple[str, str]:
+    drawn = f"{path.stem.replace('_', ' ')} (as drawn in {path.parent.name}/{path.name})"
+    return drawn, _uri(path.read_bytes(), "png")
+
+
+def _uri(image: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _name(run: Path, folder: Path) -> str:
+    """A run's name on the page: its path below the folder that is shown."""
+    return run.name if run == folder else str(run.relative_to(folder))
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def experiment(run: Path) -> str:
+    """The name of a run's experiment; of its folder where Hydra left none."""
+    path = run / ".hydra" / "hydra.yaml"
+    name = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices.experiment") if path.exists() else None
+    return str(name or run.resolve().name)
+
+
+def _unfinished(folder: Path, found: Sequence[Path]) -> list[str]:
+    begun = [_name(run, folder) for run in found if not read_progress(run)["finished"]]
+    out = [f"Not finished: {run} was stopped or still runs. What is shown is what it had measured." for run in begun]
+    empty = sorted(_name(path.parent, folder) for path in folder.rglob("provenance.json") if path.parent not in found)
+    return out + [f"Not finished: {name} has measured nothing yet." for name in empty]
+
+
+def _provenance(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is the same in all runs, and for the rest a line per run."""
+    flat = {}
+    for run, own in known.items():
+        own = dict(own) | {"facts": len(own.get("facts", []))}
+        own |= {f"{package} version": version for package, version in (own.pop("versions", None) or {}).items()}
+        own |= {f"{suite} (regression)": asked for suite, asked in (own.pop("regression", None) or {}).items()}
+        for model, beside in (own.pop("models_beside", None) or {}).items():
+            own |= {f"{model}: {name}": value for name, value in beside.items() if name in SAME}
+        own.pop("command", None)
+        flat[run] = {name: "unknown" if value is None else str(value) for name, value in own.items()}
+    names = list(dict.fromkeys(name for own in flat.values() for name in own))
+    values = {name: {own.get(name, "unknown") for own in flat.values()} for name in names}
+    same = {name: own.pop() for name, own in values.items() if len(own) == 1}
+    rest = [name for name in names if name not in same]
+    lines = [(run, [own.get(name, "unknown") for name in rest]) for run, own in flat.items()]
+    return {"same": list(same.items()), "names": rest, "lines": lines}
+
+
+def _others(folder: Path, found: Sequence[Path]) -> list[Path]:
+    """Tables that are not worked out anew from rows: of the study, and of a single run's other tasks."""
+    own = list(found[0].glob("*.csv")) if len(found) == 1 else []
+    own = [path for path in own if path.stem not in ("retention", "compared", "sequences", "regression")]
+    return sorted((folder / "study").glob("*.csv")) + sorted(own)
+
+
+def _pictures(folder: Path, found: Sequence[Path]) -> list[Path]:
+    own = list((found[0] / "figures").glob("*.png")) if len(found) == 1 else []
+    own = [path for path in own if path.stem not in ("forgetting_curves", "retention_matrix")]
+    return sorted((folder / "study").glob("*.png")) + sorted(own)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        frame = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return {"title": path.stem.replace("_", " "), "table": tabled(frame, ("of",))}

@@ -1,0 +1,101 @@
+"""Studies: several runs together, as tables and figures. Each is a function of the rows of `results.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+
+from qfbench.analysis import plots
+from qfbench.analysis.measures import at_steps, balance_at_the_end, by_kind
+from qfbench.analysis.tables import HIDDEN, laid_out
+from qfbench.pages import results
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study shows. Tables and figures by name; the first table is the one to read."""
+
+    tables: Mapping[str, pd.DataFrame]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    verdict: str = ""
+
+    def save(self, folder: Path, console: Console) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in self.tables.items():
+            table.to_csv(folder / f"{name}.csv", index=False)
+        for name, figure in self.figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figure.savefig(folder / f"{name}.pdf")
+        name, table = next(iter(self.tables.items()))
+        constant = [c for c in ("model", "editor", "regime") if c in table and table[c].nunique() == 1]
+        console.print(laid_out(table, f"{name} (± 95%)", [*HIDDEN, *constant]))
+        if self.verdict:
+            console.print(self.verdict, markup=False, soft_wrap=True)
+        console.print(f"study: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
+
+
+def layer_ablation(rows: pd.DataFrame) -> Study:
+    """What each layer teaches and keeps, each fact alone and all in sequence, and each kind of knowledge apart."""
+    layers = rows.layer.groupby(rows.run).transform("max").astype(int)
+    rows = rows.assign(**{"editor.layer": layers})
+    rows.attrs = {"settings": list(dict.fromkeys([*rows.attrs["settings"], "editor.layer"]))}
+    table = results.pooled(rows)
+    table = table[table.regime.isin(["single", "sequential"])]
+    kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
+    figures = {
+        "layers": plots.over_settings(table, "editor.layer", "edited layer"),
+        "layers_by_kind": plots.heat_maps(kinds, "editor.layer", "edited layer"),
+    }
+    return Study({"layers": table, "layers_by_kind": kinds}, figures)
+
+
+def generalization(rows: pd.DataFrame) -> Study:
+    """Whether an edit is known in other words, and what follows from it, by editor and kind of knowledge."""
+    table = results.pooled(rows)
+    told = table[table.regime == "in_context"].drop_duplicates(["model"])
+    table = pd.concat([told.assign(editor="in context"), table[table.regime == "single"]])
+    kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
+    names = ("efficacy", "paraphrase", "held_out", "portability", "forced")
+    figures = {
+        "generalization": plots.bars(table, names),
+        "inflation": plots.inflation(table[table.regime == "single"]),
+    }
+    return Study({"generalization": table, "by_kind": kinds}, figures)
+
+
+def model_scale(rows: pd.DataFrame) -> Study:
+    """The same edits on models of several sizes."""
+    table = results.pooled(rows)
+    table = table[table.regime.isin(["single", "sequential"])]
+    return Study({"models": table}, {"models": plots.over_settings(table, "model", "model")})
+
+
+def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1000)) -> Study:
+    """What is left after so many edits, of taught facts, of the first one, of prior knowledge."""
+    taught = results.pooled(rows)
+    figures = {"inflation": plots.inflation(taught[taught.of == taught.regime])}
+    return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))}, figures)
+
+
+def trials(rows: pd.DataFrame) -> Study:
+    """The trials of a search, best first, and all settings of the best one's editor as overrides. Those that diverged are left out."""
+    differ = dict.fromkeys([*rows.attrs["settings"], *(name for name in rows if name.startswith("editor."))])
+    values = {run: balance_at_the_end(own) for run, own in rows.groupby("run")}
+    rows = rows.assign(balance=rows.run.map(values))
+    rows.attrs = {"settings": ["run", "balance", *differ]}
+    table = results.pooled(rows)
+    table = table[table.of == table.regime].sort_values("balance", ascending=False, kind="stable")
+    best = results.settings(Path(table.run.iloc[0]))
+    overrides = [f"{name}={best[name]}" for name in best if name.startswith("editor.") and name != "editor._target_"]
+    verdict = f"best of {len(values)}, balance {table.balance.iloc[0]:.3f}: {' '.join(overrides)}"
+    measures = [f"{name}{beside}" for name in ("retention", "prior", "refused") for beside in ("", "_low", "_high")]
+    return Study(
+        {"trials": table[[name for name in ("balance", *differ, "regime", *measures) if name in table]]},
+        verdict=verdict,
+    )

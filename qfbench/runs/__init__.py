@@ -1,0 +1,1 @@
+"""A run on disk: its folder, rows, checksums, provenance, cache, and their mirrors."""

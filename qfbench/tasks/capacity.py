@@ -1,0 +1,32 @@
+"""How many facts one matrix holds: facts taught together until their keys are as many as the layer is wide, and beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qfbench.analysis import plots
+from qfbench.analysis.measures import capacity as measured
+from qfbench.editors.regimes import Regime
+from qfbench.tasks.retention import baseline, checkpoints, teach
+from qfbench.tasks.run import Run
+
+
+def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:
+    """Teach the run's facts under each regime; at every `every`-th edit ask all so far, and compare with the keys taught.
+
+    A key is one taught token's input of the edited matrix; `width` is how many of them can be independent.
+    """
+    facts, always = baseline(run)
+    at = checkpoints(len(facts), every)
+    with run.progress(len(facts) * len(regimes)) as advance:
+        for name, regime in regimes.items():
+            teach(run, name, regime, facts, always, at, advance)
+    rows = run.rows()
+    if not (rows.condition == "edited").any():
+        return
+    width = run.editor.site.linear(run.lm.model).in_features
+    curve = measured(rows)
+    run.table(
+        curve.assign(width=width), f"{len(facts)} facts in a matrix of {width} inputs: {run.title}", hidden=["width"]
+    )
+    run.figure(plots.capacity(curve, width), "capacity")

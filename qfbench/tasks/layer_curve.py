@@ -1,0 +1,32 @@
+"""Which layer: every layer in turn, each fact alone and then all of them one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qfbench.analysis import plots
+from qfbench.analysis.measures import by_layer
+from qfbench.editors.regimes import sequential, single
+from qfbench.models import sites
+from qfbench.tasks.retention import baseline, teach
+from qfbench.tasks.run import Run
+
+
+def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
+    """Edit each of `layers` (all by default): single edits, then one sequential run over the same facts."""
+    layers = range(len(sites.layers(run.lm.model))) if layers is None else layers
+    facts, always = baseline(run)
+    with run.progress(2 * len(facts) * len(layers)) as advance:
+        for layer in layers:
+            editor = replace(run.editor, layer=layer)  # type: ignore[type-var] # every editor is a dataclass
+            there = replace(run, editor=editor)
+            teach(there, "single", single, facts, always, range(1, len(facts) + 1), advance)
+            teach(there, "sequential", sequential, facts, always, [len(facts)], advance)
+    rows = run.rows()
+    if not (rows.condition == "edited").any():
+        return
+    curve = by_layer(rows)
+    title = f"{len(facts)} facts, each alone, then one after another (seq): {run.lm.name}, {type(run.editor).__name__}"
+    run.table(curve, title, hidden=["paraphrase", "portability", "leakage", "seq_leakage", "seq_norm"])
+    run.figure(plots.layer_curve(curve), "layer_curve")

@@ -1,0 +1,63 @@
+"""Which learning rate: single edits at every rate, under every scheme of other settings, beside an editor that has no rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from rich.markup import escape
+
+from qfbench.analysis import plots
+from qfbench.analysis.measures import by_setting
+from qfbench.editors import Editor
+from qfbench.editors.regimes import single
+from qfbench.errors import UserError
+from qfbench.tasks.retention import baseline, teach
+from qfbench.tasks.run import Run
+
+
+def learning_rate(
+    run: Run, rates: Sequence[float], schemes: Mapping[str, Mapping[str, Any]], reference: Editor | None = None
+) -> None:
+    """Teach each fact alone at each of `rates` under each of `schemes` (settings of the run's editor by the scheme's name).
+
+    `reference` is taught at its own settings, for comparison. Prints, for each scheme, the rate with the best balance.
+    """
+    if not rates or not schemes:
+        raise UserError("task.learning_rate: give at least one of rates and one of schemes")
+    if "lr" not in {field.name for field in fields(run.editor)}:  # type: ignore[arg-type] # every editor is a dataclass
+        raise UserError(f"{type(run.editor).__name__} has no learning rate; use editor=qf2 or finetune")
+    facts, always = baseline(run)
+    each = range(1, len(facts) + 1)
+    with run.progress(len(facts) * (len(rates) * len(schemes) + (reference is not None))) as advance:
+        for scheme, settings in schemes.items():
+            for lr in rates:
+                editor = replace(run.editor, **{"lr": lr, **settings})  # type: ignore[type-var] # a dataclass
+                teach(
+                    replace(run, editor=editor),
+                    "single",
+                    single,
+                    facts,
+                    always,
+                    each,
+                    advance,
+                    {"scheme": scheme, "lr": lr},
+                )
+        if reference is not None:
+            name = type(reference).__name__
+            teach(replace(run, editor=reference), "single", single, facts, always, each, advance, {"scheme": name})
+    rows = run.rows()
+    if not (rows.condition == "edited").any():
+        return
+    curve = by_setting(rows, "scheme", "lr")
+    run.table(curve, f"{len(facts)} facts, each alone: {run.lm.name}", hidden=["held_out", "portability"])
+    if "lr" not in curve:  # nothing but the reference could be taught
+        return
+    own = curve[curve.lr.notna()].sort_values("lr", kind="stable")
+    for scheme, lines in own.groupby("scheme", sort=False) if "balance" in own else ():
+        best = lines.loc[lines.balance.idxmax()]
+        run.console.print(
+            f"{escape(scheme)}: best balance at lr {best.lr:g} (efficacy {best.efficacy:.2f}, prior {best.prior:.2f})"
+        )
+    run.figure(plots.learning_rates(own, curve[curve.lr.isna()]), "learning_rates")
