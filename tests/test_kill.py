@@ -178,11 +178,11 @@ def with_editor(cfg, editor):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("editor", [EDITORS[0], EDITORS[1]])
-def test_a_run_that_is_killed_at_any_moment_ends_as_the_unbroken_one(tmp_path, plain, tabled, editor):
+def test_a_run_that_is_killed_at_any_of_many_moments_ends_as_the_unbroken_one(tmp_path, plain, tabled, editor):
     cfg = with_editor(plain, editor)
     whole, copies = moments(cfg, tmp_path)
-    assert len(copies) > 100
-    assert differing(cfg, whole, copies) == []
+    assert len(copies) > 150
+    assert differing(cfg, whole, random.Random(1).sample(copies, 150)) == []
 
 
 @pytest.mark.parametrize("editor", EDITORS)

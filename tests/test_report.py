@@ -9,10 +9,11 @@ import pytest
 
 from qfbench import UserError
 from qfbench.analysis.measures import compared, summary
+from qfbench.commands.report import main
 from qfbench.pages import results
 from qfbench.pages.cautions import cautions
 from qfbench.pages.legend import COLUMNS
-from qfbench.pages.report import main, page
+from qfbench.pages.report import page
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert(1)</script>"

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from qfbench import UserError
 from qfbench.analysis.measures import summary
+from qfbench.commands.results import main
 from qfbench.editors.regimes import joint, sequential
-from qfbench.pages.results import SAME, compare, folders, load, main, retention
+from qfbench.pages.results import SAME, compare, folders, load, retention
 from qfbench.runs.provenance import PROBES, protocol, provenance
 from qfbench.tasks.retention import baseline, in_order, teach
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from qfbench import UserError
 from qfbench.analysis.sequences import forgetting, over_sequence
 from qfbench.analysis.tables import laid_out
+from qfbench.commands import results as command
 from qfbench.pages import results
 
 RIGHT = np.random.default_rng(0).random(400) < 0.6
@@ -113,11 +114,11 @@ def test_rows_without_replies_are_copied_as_they_are(stored, tmp_path):
 def test_the_command_ships_and_says_how_much(stored, tmp_path, monkeypatch, capsys):
     to = tmp_path / "runs"
     monkeypatch.setattr("sys.argv", ["qfbench-results", str(stored), "--ship", str(to)])
-    results.main()
+    command.main()
     size = sum(p.stat().st_size for p in to.rglob("*.*"))
     assert f"wrote {to}: {size / 1000:.0f} kB" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        results.main()
+        command.main()
     assert "holds something already" in capsys.readouterr().err
 
 
