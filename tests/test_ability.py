@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -188,7 +189,7 @@ def quizzed(tmp_path):
     def make(name="run", fingerprint="quiz", **regimes):
         (tmp_path / name).mkdir()
         run = prepared(tmp_path / name)
-        run.regression = {"quiz": Quiz(fingerprint)}
+        run = replace(run, regression={"quiz": Quiz(fingerprint)})
         retention(run, regimes or {"sequential": sequential, "joint": joint}, every=2)
         return run
 

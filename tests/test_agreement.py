@@ -15,7 +15,7 @@ from qfbench.pages.cautions import cautions
 from qfbench.pages.results import load
 from qfbench.runs.provenance import protocol
 from qfbench.runs.store import ParquetStore
-from qfbench.tasks.retention import baseline
+from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
 
 QUERIES = [f"Who started {'the ' * (n % 7)}firm number {n}?" for n in range(24)]

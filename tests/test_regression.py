@@ -1,5 +1,7 @@
 """General ability: perplexity of held text, at every checkpoint."""
 
+from dataclasses import replace
+
 import pytest
 from notebook import prepared
 from torch.nn.functional import cross_entropy
@@ -109,7 +111,7 @@ class Known:
 
 def test_general_ability_is_asked_unedited_and_of_the_edited_model_at_every_checkpoint(tmp_path):
     run = prepared(tmp_path)
-    run.regression = {"text": Known(), "again": Known()}
+    run = replace(run, regression={"text": Known(), "again": Known()})
     retention(run, {"sequential": sequential, "single": single, "joint": joint}, every=2, placebo=2)
     rows = run.rows()
     rows = rows[rows.kind == "perplexity"]

@@ -16,7 +16,9 @@ from qfbench.commands.results import main
 from qfbench.editors.regimes import joint, sequential
 from qfbench.pages.results import SAME, compare, folders, load, retention
 from qfbench.runs.provenance import PROBES, protocol, provenance
-from qfbench.tasks.retention import baseline, in_order, teach
+from qfbench.tasks.baseline import baseline
+from qfbench.tasks.retention import in_order
+from qfbench.tasks.teaching import Teaching
 
 FORGETFUL = {f"Where is Town{n}?": ("North.", "Nowhere.") for n in range(3)}
 
@@ -28,7 +30,7 @@ def stored(folder, settings=None, task="retention", editor=None, regimes=(sequen
     facts, always = baseline(run)
     for order, regime in product(range(orders), regimes):  # as the task does, without its figures
         about = {"order": order} if orders > 1 else {}
-        teach(run, regime.__name__, regime, in_order(facts, order), always, {1, 2, 3}, lambda text: None, about)
+        Teaching(run, regime.__name__, regime, in_order(facts, order), always, {1, 2, 3}, about).run(print)
     run.store.flush()
     config = {"seed": 0, "editor": {"layer": 0, "opener": 1.0}, "regime": {"a": {}}, "beside": None} | (settings or {})
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")

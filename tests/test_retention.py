@@ -17,8 +17,10 @@ from qfbench.facts.probes import ask
 from qfbench.facts.world import world
 from qfbench.models.delta import WeightDelta
 from qfbench.runs.store import ParquetStore
-from qfbench.tasks.retention import baseline, retention, teach
+from qfbench.tasks.baseline import baseline
+from qfbench.tasks.retention import retention
 from qfbench.tasks.run import Run
+from qfbench.tasks.teaching import Teaching
 
 OWN = ["{} edit", "{} paraphrase"]
 ALWAYS = [f"{n} {kind}" for n in range(3) for kind in ("prior", "unknown")]
@@ -223,8 +225,8 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     facts, always = baseline(run)
     steps = []
     for lr in (0.5, 2.0):
-        teach(run, "sequential", sequential, facts, always, [2, 3], steps.append, {"scheme": "plain", "lr": lr})
-    teach(run, "protected", protected, facts, always, [1, 2, 3], steps.append, {"scheme": "none"})
+        Teaching(run, "sequential", sequential, facts, always, [2, 3], {"scheme": "plain", "lr": lr}).run(steps.append)
+    Teaching(run, "protected", protected, facts, always, [1, 2, 3], {"scheme": "none"}).run(steps.append)
     rows = run.rows()
     edited, unsupported = (rows[rows.condition == condition] for condition in ("edited", "unsupported"))
     assert edited.groupby(["layer", "scheme", "lr"]).size().to_dict() == {

@@ -9,7 +9,9 @@ from test_mquake import mquake_record
 
 from qfbench import Probe
 from qfbench.editors.regimes import joint, sequential, single
-from qfbench.tasks.retention import baseline, in_order, retention, teach
+from qfbench.tasks.baseline import baseline
+from qfbench.tasks.retention import in_order, retention
+from qfbench.tasks.teaching import Teaching
 
 QUERY = "Who started Firm0 and Firm1?"
 
@@ -35,7 +37,7 @@ def test_it_is_asked_when_all_are_taught_and_fresh_where_the_newest_is_one_of_th
     facts, always = baseline(run)
     by_id = {f.id: f for f in facts}
     at = {*range(every, 4, every)}
-    teach(run, "sequential", sequential, [by_id[i] for i in order], always, at, lambda text: None)
+    Teaching(run, "sequential", sequential, [by_id[i] for i in order], always, at).run(print)
     complete = max(order.index("0"), order.index("1")) + 1  # the edit that brings the last of the two
     assert asked(run.rows()) == {complete: True} | ({3: False} if complete < 3 else {})
 

@@ -11,7 +11,8 @@ from qfbench import UserError
 from qfbench.analysis.sequences import matrices
 from qfbench.editors.regimes import joint, sequential, single
 from qfbench.models.delta import WeightDelta
-from qfbench.tasks.retention import checkpoints, in_order, retention
+from qfbench.tasks.retention import in_order, retention
+from qfbench.tasks.teaching import checkpoints
 
 
 @pytest.mark.parametrize("n", [1, 2, 49, 50, 51, 60, 61, 100, 1000])

@@ -20,6 +20,7 @@ from test_run import SMALL
 import qfbench.commands.execution
 import qfbench.tasks.retention
 import qfbench.tasks.run
+import qfbench.tasks.teaching
 from qfbench import LanguageModel, UserError
 from qfbench.commands.execution import execute
 
@@ -83,8 +84,8 @@ def test_a_weight_that_a_job_leaves_changed_is_noticed_by_the_next(tmp_path, job
 @pytest.fixture
 def asked(monkeypatch):
     """The probes that models were asked."""
-    probes, real = [], qfbench.tasks.retention.ask
-    monkeypatch.setattr(qfbench.tasks.retention, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
+    probes, real = [], qfbench.tasks.teaching.ask
+    monkeypatch.setattr(qfbench.tasks.teaching, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
     monkeypatch.setattr(qfbench.tasks.run, "ask", lambda lm, those: probes.extend(those) or real(lm, those))
     return probes
 

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +75,29 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
             and store.ledger.write_json("provenance.json", recorded(folder) | known)
         ):
             raise UserError(f"{folder} cannot be written to (disk full, or read-only?)")
-        run = Run(lm, editor, facts, folder, store, console, tracker=mirror)
-        run.regression, run.protocol = regression, how
-        run.brief = brief
-        run.cache = None if cfg.cache is None else Path(cfg.cache)
+        run = Run(
+            lm,
+            editor,
+            facts,
+            folder,
+            store,
+            console,
+            regression=regression,
+            protocol=how,
+            cache=None if cfg.cache is None else Path(cfg.cache),
+            tracker=mirror,
+            brief=brief,
+        )
         if len(store.earlier):
             console.print(f"going on in [bold]{where}[/bold] after {len(store.earlier)} rows", soft_wrap=True)
         with mirror.of(about(run, cfg, known)):
             try:
-                for run.task, task in build(cfg, "task").items():
-                    if run.task not in store.tasks:
+                for name, task in build(cfg, "task").items():
+                    run = replace(run, task=name)
+                    if name not in store.tasks:
                         task(run)
                         refuse_hollow(run)
-                        store.commit(run.task)
+                        store.commit(name)
                 if not store.commit(finished=True):
                     raise UserError(f"{folder} cannot be written to (disk full?); start again once there is room")
             finally:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from qfbench.analysis import plots
 from qfbench.analysis.measures import capacity as measured
 from qfbench.editors.regimes import Regime
-from qfbench.tasks.retention import baseline, checkpoints, teach
+from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
+from qfbench.tasks.teaching import Teaching, checkpoints
 
 
 def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:
@@ -20,7 +21,7 @@ def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:
     at = checkpoints(len(facts), every)
     with run.progress(len(facts) * len(regimes)) as advance:
         for name, regime in regimes.items():
-            teach(run, name, regime, facts, always, at, advance)
+            Teaching(run, name, regime, facts, always, at).run(advance)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

@@ -9,8 +9,9 @@ from qfbench.analysis import plots
 from qfbench.analysis.measures import by_layer
 from qfbench.editors.regimes import sequential, single
 from qfbench.models import sites
-from qfbench.tasks.retention import baseline, teach
+from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
+from qfbench.tasks.teaching import Teaching
 
 
 def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
@@ -21,8 +22,9 @@ def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
         for layer in layers:
             editor = replace(run.editor, layer=layer)  # type: ignore[type-var] # every editor is a dataclass
             there = replace(run, editor=editor)
-            teach(there, "single", single, facts, always, range(1, len(facts) + 1), advance)
-            teach(there, "sequential", sequential, facts, always, [len(facts)], advance)
+            each, last = range(1, len(facts) + 1), [len(facts)]
+            Teaching(there, "single", single, facts, always, each).run(advance)
+            Teaching(there, "sequential", sequential, facts, always, last).run(advance)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

@@ -13,8 +13,9 @@ from qfbench.analysis.measures import by_setting
 from qfbench.editors import Editor
 from qfbench.editors.regimes import single
 from qfbench.errors import UserError
-from qfbench.tasks.retention import baseline, teach
+from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
+from qfbench.tasks.teaching import Teaching
 
 
 def learning_rate(
@@ -34,19 +35,11 @@ def learning_rate(
         for scheme, settings in schemes.items():
             for lr in rates:
                 editor = replace(run.editor, **{"lr": lr, **settings})  # type: ignore[type-var] # a dataclass
-                teach(
-                    replace(run, editor=editor),
-                    "single",
-                    single,
-                    facts,
-                    always,
-                    each,
-                    advance,
-                    {"scheme": scheme, "lr": lr},
-                )
+                there, about = replace(run, editor=editor), {"scheme": scheme, "lr": lr}
+                Teaching(there, "single", single, facts, always, each, about).run(advance)
         if reference is not None:
-            name = type(reference).__name__
-            teach(replace(run, editor=reference), "single", single, facts, always, each, advance, {"scheme": name})
+            there, about = replace(run, editor=reference), {"scheme": type(reference).__name__}
+            Teaching(there, "single", single, facts, always, each, about).run(advance)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

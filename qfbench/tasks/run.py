@@ -38,7 +38,7 @@ from qfbench.runs.tracking import Mirror
 LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain", "template", "told")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """What a task works with: the model, the editor, the facts, and where results go."""
 
@@ -76,10 +76,8 @@ class Run:
         """
         lm = load(model)
         check_lengths(lm, self.facts)
-        there = replace(self, lm=lm, editor=editor, protocol=protocol(lm))
-        there.place = "" if lm.name == self.lm.name else re.sub(r"[^\w.-]+", "-", Path(lm.name).name) + "-"
-        if (there.lm.name, there.editor_name) == (self.lm.name, self.editor_name):
-            there.label = f"{there.editor_name} {name}"
+        place = "" if lm.name == self.lm.name else re.sub(r"[^\w.-]+", "-", Path(lm.name).name) + "-"
+        there = replace(self, lm=lm, editor=editor, protocol=protocol(lm), place=place).unlike([self], name)
         known = recorded(self.folder)
         beside = known.setdefault("models_beside", {})
         before = beside.get(lm.name, {})
@@ -94,10 +92,14 @@ class Run:
         runs = [self]
         for name, entry in entries.items():
             there = self.elsewhere(entry["model"], entry["editor"], name)
-            if (there.lm.name, there.editor_name) in [(r.lm.name, r.editor_name) for r in runs]:
-                there.label = f"{there.editor_name} {name}"
-            runs.append(there)
+            runs.append(there.unlike(runs, name))
         return runs
+
+    def unlike(self, runs: Sequence[Run], name: str) -> Run:
+        """This run, with `name` added to its editor's where one of `runs` has a model and an editor of the same names."""
+        taken = [(run.lm.name, run.editor_name) for run in runs]
+        alike = (self.lm.name, self.editor_name) in taken
+        return replace(self, label=f"{self.editor_name} {name}") if alike else self
 
     def log(self, row: Mapping[str, Any], **more: Any) -> None:
         same = {"run_id": self.run_id, "task": self.task}

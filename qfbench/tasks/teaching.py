@@ -1,0 +1,182 @@
+"""The engine that the tasks share: teach facts under one regime, and ask at checkpoints what became of them and of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qfbench.analysis.measures import KEPT
+from qfbench.analysis.sequences import COLLAPSED, what_is_left
+from qfbench.editors.regimes import Regime, accumulates
+from qfbench.errors import Unsupported, UserError
+from qfbench.facts.base import Fact
+from qfbench.facts.matching import stands_in
+from qfbench.facts.probes import ask
+from qfbench.models.delta import WeightDelta
+from qfbench.tasks.baseline import Asked
+from qfbench.tasks.run import Run
+
+Advance = Callable[[str], None]  # told of each unit of work
+
+
+@dataclass
+class Teaching:
+    """One regime over some facts. `run` does all of it, or what an earlier process has left to be done.
+
+    Args:
+        within: the run whose model is taught, by whose editor.
+        name: of the regime.
+        always: the probes about the model itself.
+        at: the edits at which all is asked.
+        about: columns of every row, and part of the name of the file that the last change is saved in.
+        placebo: how many times to ask everything once more at the end, under a random change of the same rank and norm.
+        stop_on_collapse: end once prior knowledge has fallen under half.
+    """
+
+    within: Run
+    name: str
+    regime: Regime
+    facts: Sequence[Fact]
+    always: Asked
+    at: Collection[int]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    placebo: int = 0
+    stop_on_collapse: bool = False
+
+    def __post_init__(self) -> None:
+        self.about = {"layer": self.within.editor.site.layer} | dict(self.about)
+        self.accumulates = accumulates(self.regime)
+        parts = [self.within.editor_name, self.name, *(f"{key}{value}" for key, value in self.about.items())]
+        self.file = self.within.place + "-".join(parts)
+        self.done, self.total = 0, WeightDelta()  # how many edits, and the change that they made
+        self.taught: Sequence[Fact] = []
+        self.drawn: set[int] = set()  # placebos
+        self.fallen: set[str] = set()  # measures that have collapsed
+
+    def run(self, advance: Advance) -> None:
+        """Teach, check, draw placebos, save. An `Unsupported` becomes a row."""
+        ended = f"{self.within.task}/{self.file}"
+        if ended in self.within.store.ended:
+            return
+        self.resume()
+        for _ in range(self.done):
+            advance(f"{self.name}: done before")
+        try:
+            self.teach(advance)
+            self.draw_placebos()
+        except Unsupported as error:
+            row = {"condition": "unsupported", "regime": self.name, "reply": str(error)}
+            self.within.log(row | dict(self.about))
+            self.within.warn(f"{self.name}: {error}")
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self.name}, after {self.done} edits: {error}") from error
+        if self.done and self.accumulates:
+            self.within.save(self.total, self.file)
+        self.within.store.ended.append(ended)
+
+    def resume(self) -> None:
+        """Go on where an earlier process stopped; from the beginning where its state is damaged or gone."""
+        rows = self.within.earlier(regime=self.name, **self.about)
+        edited = rows[rows.condition == "edited"]
+        done = int(edited.step.max()) if len(edited) else 0
+        if done and self.accumulates:
+            try:
+                home = self.within.editor.site.home(self.within.lm.model)
+                self.total = WeightDelta.load(self.within.state(self.file, done), home)
+            except UserError as error:
+                self.within.warn(f"{error}; {self.name} is measured again")
+                self.within.forget(rows.index)
+                return
+            left = what_is_left(edited).items()
+            self.fallen = {measure for measure, share in left if (share < COLLAPSED).any()}
+        self.done, self.taught = done, self.facts[:done]
+        self.drawn = set(rows.draw[rows.condition == "placebo"])
+
+    def teach(self, advance: Advance) -> None:
+        """Edit by edit; at the checkpoints ask, and keep what it takes to go on from there."""
+        if self.collapsed:
+            return
+        edits = self.regime(self.within.editor, self.within.lm, self.facts, self.done, self.total)
+        for step, (taught, total) in enumerate(edits, start=self.done + 1):
+            self.taught, self.total = taught, total
+            left = self.check(step, total, whole=step in self.at, last=step == len(self.facts))
+            self.done = step
+            advance(f"{self.name}: edit {step}")
+            self.announce(left)
+            if step in self.at:
+                self.within.commit(self.file, step, total if self.accumulates else None)
+            if self.collapsed:
+                return
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether to teach no further."""
+        return self.stop_on_collapse and "prior" in self.fallen
+
+    def announce(self, left: Mapping[str, float]) -> None:
+        """Say where collapse (of prior knowledge, neighbours, refusals: under half of what it was) is first seen."""
+        for measure, share in left.items() if self.accumulates else ():
+            if share < COLLAPSED and measure not in self.fallen:
+                self.fallen.add(measure)
+                self.within.warn(f"{self.name}: collapse after {self.done} edits: {measure} at {share:.2f}")
+
+    def draw_placebos(self) -> None:
+        for draw in range(self.placebo if self.done and self.accumulates else 0):
+            if draw not in self.drawn:
+                change = self.total.placebo(seed=1_000_000 * self.about.get("order", 0) + 1000 * draw)
+                last = self.done == len(self.facts)
+                self.check(self.done, change, whole=True, last=last, condition="placebo", draw=draw)
+                self.within.commit(self.file, self.done, self.total)
+
+    def check(
+        self, step: int, change: WeightDelta, whole: bool, last: bool, condition: str = "edited", **about: Any
+    ) -> dict[str, float]:
+        """Ask after one edit: the newest fact in all its wordings, and what follows from it and earlier ones; as a `whole`, all
+        taught queries, the probes about the model itself and general ability; at `last` all.
+
+        Returns the shares that are left of what the unedited model had (`measures.KEPT`); nothing of what was not asked.
+        """
+        newest, ids = self.taught[-1], {f.id for f in self.taught}
+        own = [(f, p) for f in self.taught for p in (f.edit, *f.probes) if not p.always and ids.issuperset(p.needs)]
+        fresh = [newest.id in (f.id, *p.needs) for f, p in own]
+        asked = [pair for pair, new in zip(own, fresh, strict=True) if new]
+        n_fresh, whole = len(asked), whole or last
+        if whole:
+            asked += [(f, p) for (f, p), new in zip(own, fresh, strict=True) if not new and (last or p.kind == "edit")]
+            asked += self.always
+        same: dict[str, Any] = {
+            "regime": self.name,
+            "condition": condition,
+            "step": step,
+            "taught": len(self.taught),
+            "checkpoint": whole,
+        }
+        same |= dict(self.about) | about | self.within.health(change, whole)
+        with change.applied_to(self.within.lm):
+            rows = ask(self.within.lm, [p for _, p in asked])
+            general = list(self.within.general()) if whole else []
+        answers = {known for fact in self.taught for known in fact.known_as}
+        for i, ((fact, probe), row) in enumerate(zip(asked, rows, strict=True)):
+            row["fresh"] = i < n_fresh
+            row["leaked"] = probe.kind == "unknown" and any(stands_in(known, row["reply"]) for known in answers)
+            self.within.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)
+        for row in general:
+            self.within.log(row, fresh=False, leaked=False, **same)
+        left: dict[str, list[bool]] = {}
+        for (_, probe), row in zip(asked, rows, strict=True):
+            if probe.kind in KEPT:
+                left.setdefault(KEPT[probe.kind], []).append(row["generated"])
+        return {measure: sum(passed) / len(passed) for measure, passed in left.items()}
+
+
+def checkpoints(n: int, every: int | None, dense: int = 50, ratio: float = 1.2) -> set[int]:
+    """The edits after which all is asked, of 1 to `n`: each `every`-th and the last; None: each up to `dense`, then ever fewer."""
+    if every is not None and every < 1:
+        raise UserError(f"task.retention.every={every}: must be 1 or more, or null")
+    if every is not None:
+        return {*range(every, n + 1, every), n}
+    steps, step = set(range(1, min(n, dense) + 1)), float(dense)
+    while (step := step * ratio) < n:
+        steps.add(round(step))
+    return steps | {n}
