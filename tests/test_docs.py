@@ -111,7 +111,12 @@ def settings():
         yield lambda overrides: compose("config", overrides=overrides, return_hydra_config=True)
 
 
-@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "qfbench"], ids=" ".join)
+def test_the_experiments_exist():  # tests/test_contract.py composes each
+    named = {word.partition("=")[2] for words in COMMANDS for word in words if word.startswith("experiment=")}
+    assert named <= {path.stem for path in CONF.glob("experiment/*.yaml")}
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "qfbench" and words[2:]], ids=" ".join)
 def test_a_command_has_settings_that_exist(words, settings):
     for word in words:
         if word in PLUGINS:
