@@ -50,7 +50,7 @@ def jobs(words):
     overrides = OverridesParser.create().parse_overrides([word for word in given if word not in flags])
     swept = [o for o in overrides if o.is_sweep_override()]
     fixed = [o.input_line for o in overrides if not o.is_sweep_override()]
-    assert not swept or "-m" in words or "experiment=" in " ".join(fixed)
+    assert not swept or "-m" in words
     values = [[f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()] for o in swept]
     # Each option once, not each combination; of numbers the first will do.
     values = [own if (CONF / o.key_or_group).is_dir() else own[:1] for o, own in zip(swept, values, strict=True)]
