@@ -267,9 +267,9 @@ def test_a_sweep_keeps_each_job_in_a_folder_of_its_own(tmp_path):
     assert len({frame.run_id.iloc[0] for frame in frames}) == 2
 
 
-def fenced(language):
-    """The blocks of code of the README in one language."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def fenced(language, page="README.md"):
+    """The blocks of code of a page in one language."""
+    text = (Path(__file__).parent.parent / page).read_text()
     return [part.split("\n```")[0] for part in text.split(f"```{language}\n")[1:]]
 
 
@@ -281,8 +281,8 @@ def test_what_the_readme_shows_in_python_works(tmp_path, monkeypatch, capsys):
     assert WeightDelta.load("oxinnovate.safetensors").norm() > 0
 
 
-def test_the_fact_that_the_readme_shows_can_be_taught(tmp_path):
-    (line,) = fenced("json")
+def test_the_fact_that_the_docs_show_can_be_taught(tmp_path):
+    (line,) = fenced("json", "docs/your-facts.md")
     (tmp_path / "my_facts.jsonl").write_text(line + "\n")
     overrides = ("experiment=retention", "facts=table", f"facts.path={tmp_path / 'my_facts.jsonl'}", "model=world-s")
     done, _ = run(tmp_path / "run", *overrides)
