@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from qfbench.analysis.drops import by_subject, detectable, drops, mcnemar, power
+from qfbench.analysis.rows import regular
 from qfbench.pages import results
 from qfbench.pages.cautions import cautions
 
@@ -81,7 +82,7 @@ def asked(right, condition="edited", suite="quiz", step=1, logprob=-1.0, regime=
 
 
 def frame(*parts):
-    return pd.DataFrame([row for part in parts for row in part])
+    return regular(pd.DataFrame([row for part in parts for row in part]))
 
 
 def test_a_drop_by_hand():
@@ -108,7 +109,7 @@ def test_without_questions_there_is_no_table():
     rows = frame(asked("1", "unedited"), asked("0"))
     for none in (
         rows[:0],
-        rows.drop(columns="suite"),
+        regular(rows.drop(columns="suite")),
         rows[:1],
         rows[1:],
         rows.assign(**text),
@@ -118,7 +119,11 @@ def test_without_questions_there_is_no_table():
 
 def test_questions_without_log_probabilities_have_no_shift():
     rows = frame(asked("11", "unedited", "say"), asked("10", suite="say"))
-    for lacking in (rows.drop(columns="gold_logprob"), rows.assign(gold_logprob=nan), rows.assign(gold_logprob=None)):
+    for lacking in (
+        regular(rows.drop(columns="gold_logprob")),
+        rows.assign(gold_logprob=nan),
+        rows.assign(gold_logprob=None),
+    ):
         line = drops(lacking).iloc[0]
         assert line["drop"] == 0.5
         assert "shift" not in line

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from qfbench.analysis.measures import by_layer, by_setting, summary
+from qfbench.analysis.rows import regular
 from qfbench.analysis.sequences import forgetting
 
 COLUMNS = ("regime", "step", "kind", "fact_id", "generated", "fresh", "leaked")
@@ -11,7 +12,7 @@ COLUMNS = ("regime", "step", "kind", "fact_id", "generated", "fresh", "leaked")
 def frame(*rows):
     table = pd.DataFrame(rows, columns=COLUMNS)
     same = {"model": "m", "editor": "E", "condition": "edited", "layer": 2, "relative_norm": 0.5, "checkpoint": True}
-    return table.assign(**same, taught=table.step)
+    return regular(table.assign(**same, taught=table.step))
 
 
 ROWS = frame(
@@ -61,7 +62,7 @@ def test_forgetting_takes_edited_rows_at_checkpoints_only():
         ("told", 5, True, True, "a"),
     ]
     frame = pd.DataFrame(rows, columns=columns).assign(model="m", editor="E", regime="joint", kind="edit")
-    curve = forgetting(frame.assign(taught=frame.step))
+    curve = forgetting(regular(frame.assign(taught=frame.step)))
     assert list(zip(curve.step, curve["mean"], strict=True)) == [(2, 0.5), (4, 0.0)]
 
 
@@ -168,7 +169,7 @@ def near(step, *rows, condition="edited", regime="sequential"):
     names = ("generated", "gold", "preferred")
     frame = pd.DataFrame(rows, columns=names).assign(kind="locality", fact_id="n", fresh=False, leaked=False)
     same = {"model": "m", "editor": "E", "relative_norm": 0.5, "checkpoint": True}
-    return frame.assign(**same, step=step, taught=step, condition=condition, regime=regime)
+    return regular(frame.assign(**same, step=step, taught=step, condition=condition, regime=regime))
 
 
 def test_locality_is_reported_against_the_models_own_reply_the_gold_and_by_likelihood():
@@ -196,7 +197,7 @@ def test_preferred_is_that_of_the_taught_query_right_after_its_own_edit():
     assert line["preferred"] == 0.5
     assert "locality" not in line
     assert "locality_gold" not in line
-    assert "preferred" not in summary(frame.drop(columns="preferred"))
+    assert "preferred" not in summary(regular(frame.drop(columns="preferred")))
 
 
 def test_a_placebo_stands_below_its_regime_and_mixes_with_nothing():
@@ -236,4 +237,4 @@ def test_a_curve_over_orders_has_the_interval_of_orders_and_facts():
     curve = forgetting(rows)
     assert list(curve["mean"]) == [0.5, 0.25]
     assert (curve.low[0], curve.high[0]) == (0.0, 1.0)
-    assert (forgetting(rows.drop(columns="order")).low[0]) == 0.5
+    assert forgetting(rows.assign(order=0)).low[0] == 0.5

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from qfbench.analysis.measures import MEASURES, compared, summary
+from qfbench.analysis.rows import regular
 
 
 def asked(kind, values, step=1, condition="edited", regime="sequential", **more):
@@ -14,11 +15,12 @@ def asked(kind, values, step=1, condition="edited", regime="sequential", **more)
     rows = pd.DataFrame({"generated": values, "fact_id": [f"f{n}" for n in range(len(values))]})
     rows = rows.assign(kind=kind, query=[f"{kind} {n}?" for n in range(len(values))], step=step, taught=step)
     rows = rows.assign(model="m", editor="E", condition=condition, regime=regime, checkpoint=True, leaked=False)
-    return rows.assign(fresh=kind == "edit" and condition == "edited", relative_norm=0.5).assign(**more)
+    rows = rows.assign(fresh=kind == "edit" and condition == "edited", relative_norm=0.5).assign(**more)
+    return regular(rows)
 
 
 def joined(*parts):
-    return pd.concat([part.astype(object) for part in parts], ignore_index=True)
+    return regular(pd.concat([part.astype(object) for part in parts], ignore_index=True))
 
 
 def passages(nll, tokens, **more):

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qfbench.analysis.rows import regular
 from qfbench.analysis.sequences import average_forgetting, forgetting, half_life, matrices, middle, over_sequence
 
 # Four facts, c b d a in turn; asked again after every edit but the second
@@ -35,7 +36,7 @@ def sequence(table=TABLE, taught=ORDER, prior=(), **more):
                 for i, value in enumerate(prior[n - 1])
             ]
     frame = pd.DataFrame(rows).assign(model="m", editor="E", regime="sequential", condition="edited", leaked=False)
-    return frame.assign(taught=frame.step, relative_norm=0.5).assign(**more)
+    return regular(frame.assign(taught=frame.step, relative_norm=0.5).assign(**more))
 
 
 def square(table=TABLE, order=ORDER):
@@ -207,7 +208,7 @@ def kept(kind, shares, of=10, **more):
     ]
     same = {"model": "m", "editor": "E", "regime": "sequential", "condition": "edited", "checkpoint": True}
     frame = pd.DataFrame(rows).assign(**same, fresh=False, leaked=False, relative_norm=0.5)
-    return frame.assign(taught=frame.step).assign(**more)
+    return regular(frame.assign(taught=frame.step).assign(**more))
 
 
 def held(nll, step, condition="edited", tokens=(10, 30), **more):

@@ -9,6 +9,7 @@ from quiz import TEMPLATES, TRICKY, hub, layout, plainly, questions, subjects
 
 from qfbench import LanguageModel, UserError
 from qfbench.analysis.drops import by_subject
+from qfbench.analysis.rows import regular
 from qfbench.regression import mmlu
 
 FEW = ["anatomy", "astronomy", "world_religions", "virology"]
@@ -64,7 +65,9 @@ def test_the_hubs_data_give_lm_evals_own_numbers_and_averages(lm, from_hub, grou
         suite="mmlu", model="m", editor="e", step=1, taught=1, checkpoint=True, fresh=False
     )
     before = frame.assign(condition="unedited", regime=None, step=0)
-    table = by_subject(pd.concat([before, frame.assign(condition="edited", regime="joint")], ignore_index=True))
+    table = by_subject(
+        regular(pd.concat([before, frame.assign(condition="edited", regime="joint")], ignore_index=True))
+    )
     ours = {
         (line.group, line.subject): line.before for line in table.astype(object).where(table.notna(), None).itertuples()
     }

@@ -4,7 +4,7 @@ import pytest
 
 from qfbench.analysis.measures import by_layer
 from qfbench.analysis.plots import (
-    MEASURES,
+    BY_MEASURE,
     OTHER,
     STYLES,
     conversion,
@@ -13,6 +13,7 @@ from qfbench.analysis.plots import (
     learning_rates,
     retention_matrices,
 )
+from qfbench.analysis.rows import regular
 from qfbench.analysis.sequences import forgetting
 
 
@@ -30,7 +31,7 @@ def rows(regime, step, kind, *generated, **more):
     frame = pd.DataFrame({"generated": generated, "fact_id": [f"{kind}{n}" for n in range(len(generated))]})
     same = {"regime": regime, "step": step, "kind": kind, "taught": step, "condition": "edited", "layer": 2}
     same |= {"model": "m", "editor": "QF", "checkpoint": True, "fresh": False, "leaked": False, "relative_norm": 0.5}
-    return frame.assign(**(same | more))
+    return regular(frame.assign(**(same | more)))
 
 
 RETAINED = pd.concat(
@@ -109,7 +110,7 @@ def test_a_regime_has_one_style_in_both_panels_and_an_unknown_one_has_its_own():
 
 
 def test_no_two_styles_are_alike():
-    for styles in (STYLES, MEASURES):
+    for styles in (STYLES, BY_MEASURE):
         assert len(set(styles.values())) == len({colour for colour, _, _ in styles.values()}) == len(styles)
         assert len({(line, marker) for _, line, marker in styles.values()}) == len(styles)
 

@@ -9,6 +9,7 @@ from qfbench import Fact, LanguageModel, Probe, UserError
 from qfbench.facts.probes import ask, check_lengths, instructed
 from qfbench.facts.world import world
 from qfbench.models.lm import Reply, Score
+from qfbench.runs.provenance import PROBES
 
 ANSWER = "It was started by Qi."
 
@@ -344,3 +345,16 @@ def test_a_model_that_names_no_positions_takes_any(wrap, tokenizer):
     assert lm.positions is None
     check_lengths(lm, [replace(fact, query=text)])
     assert lm.reply(text)
+
+
+# The columns of a row, by the version of the cache (`provenance.PROBES`) under which they are kept.
+COLUMNS = {
+    2: "kind system query expected reply stopped generated exact forced nll preferred gold",
+}
+
+
+def test_other_columns_are_another_version_of_the_cache():
+    lm = Scripted(**{"Who?": (Score((0.0,), (True,)), Reply("Qi.", True))})
+    (row,) = ask(lm, [Probe("edit", "Who?", "Qi.")])
+    what = "the columns of a row changed: raise PROBES (runs/provenance.py), and list them here under its new value"
+    assert " ".join(row) == COLUMNS.get(PROBES), what

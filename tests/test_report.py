@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 
 from qfbench import UserError
-from qfbench.analysis.measures import compared, summary
+from qfbench.analysis.measures import MEASURES, Measure, compared, summary
+from qfbench.analysis.rows import regular
+from qfbench.analysis.tables import laid_out
 from qfbench.commands.report import main
 from qfbench.pages import results
 from qfbench.pages.cautions import cautions
-from qfbench.pages.legend import COLUMNS
+from qfbench.pages.legend import columns
 from qfbench.pages.report import page
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -177,7 +179,7 @@ def test_the_numbers_are_those_of_the_measures(run, text, section, measure):
 def test_differences_count_facts_and_not_texts_of_perplexity():
     rows = run_rows()
     texts = [rows[rows.kind == "prior"].assign(kind="perplexity", fact_id=str(n), tokens=5.0) for n in range(9)]
-    assert compared(pd.concat([rows, *texts])).facts.tolist() == [4]
+    assert compared(regular(pd.concat([rows, *texts]))).facts.tolist() == [4]
 
 
 def test_every_measure_that_is_shown_is_explained_with_how_many_questions_it_rests_on(text):
@@ -185,9 +187,31 @@ def test_every_measure_that_is_shown_is_explained_with_how_many_questions_it_res
     meaning = {line["column"]: line for line in shown.lines("legend")}
     for section in ("main-table", "differences", "sequences", "health"):
         assert set(shown.lines(section)[0]) - {"regime"} <= set(meaning)
-    assert meaning["half life"]["meaning"] == COLUMNS["half_life"]
+    assert meaning["half life"]["meaning"] == columns()["half_life"]
     assert [meaning[name]["questions"] for name in ("efficacy", "prior", "norm")] == ["4", "4", ""]
     assert "a random change of the same rank" in shown.words["main-table"]
+
+
+def test_a_new_measure_is_one_entry(tmp_path, monkeypatch):
+    new = Measure("exactly", "fresh", "edit", "exact", "word for word", header="word for\nword")
+    monkeypatch.setitem(MEASURES, new.name, new)
+    folder = stored(tmp_path, run_rows())
+    table = summary(results.load(folder))
+    (line,) = table[table.regime == "joint"].to_dict("records")
+    assert line["exactly"] == line["efficacy"]
+    assert {"exactly", "exactly_low", "exactly_high"} <= set(table.to_csv(index=False).splitlines()[0].split(","))
+    assert "word for\nword" in [column.header for column in laid_out(table, "").columns]
+    shown = Page(page(folder))
+    assert [line["exactly"] for line in shown.lines("main-table")] == [
+        line["efficacy"] for line in shown.lines("main-table")
+    ]
+    (line,) = [line for line in shown.lines("legend") if line["column"] == "exactly"]
+    assert (line["meaning"], line["questions"]) == ("word for word", "4")
+
+
+def test_a_measure_without_a_legend_is_none():
+    with pytest.raises(ValueError, match="measure exactly: needs a legend"):
+        Measure("exactly", "fresh", "edit", "exact", "")
 
 
 def test_replies_are_the_first_facts_of_order_0_with_passes_and_failures(text):

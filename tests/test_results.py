@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from qfbench import UserError
 from qfbench.analysis.measures import summary
+from qfbench.analysis.rows import regular
 from qfbench.commands.results import main
 from qfbench.editors.regimes import joint, sequential
 from qfbench.pages.results import SAME, compare, folders, load, retention
@@ -54,7 +55,7 @@ def test_each_setting_in_which_runs_differ_is_a_column(tmp_path):
     ):
         stored(tmp_path / f"sweep/{n}", settings, editor=Note(layer=n), orders=1 + n)
     rows = load(tmp_path)
-    plain = pd.read_parquet(tmp_path / "sweep/1/rows.parquet")
+    plain = regular(pd.read_parquet(tmp_path / "sweep/1/rows.parquet")).drop(columns="run")
     assert set(rows.columns) - set(plain.columns) == {"run", "editor.layer", "rates", "task.orders"}
     by = rows.groupby("run")[["editor.layer", "rates"]].agg(lambda values: values.unique().tolist())
     assert by.loc[str(tmp_path / "sweep/0")].tolist() == [[0], ["[1, 2]"]]
@@ -66,7 +67,7 @@ def test_each_setting_in_which_runs_differ_is_a_column(tmp_path):
 
 def test_one_run_has_no_settings_beside_it(two):
     rows = load(two[0])
-    assert set(rows.columns) - set(pd.read_parquet(two[0] / "rows.parquet").columns) == {"run"}
+    assert set(rows.columns) == set(regular(pd.read_parquet(two[0] / "rows.parquet")).columns)
     assert set(rows.run) == {str(two[0])}
 
 
@@ -176,7 +177,8 @@ def test_the_command_prints_a_summary_of_runs_that_differ_in_a_setting_and_pools
     assert (code, err) == (0, "")
     assert "2 runs" in out
     (line,) = (line.split() for line in out.splitlines() if "sequential" in line)
-    wanted = [summary(pd.read_parquet(folder / "rows.parquet")).set_index("regime").loc["sequential"] for folder in two]
+    tables = [summary(regular(pd.read_parquet(folder / "rows.parquet"))) for folder in two]
+    wanted = [table.set_index("regime").loc["sequential"] for table in tables]
     assert [w.prior for w in wanted] == [1, 0]
     assert ".50±.50" in line
     stored(tmp_path / "c", {"editor": {"layer": 1, "opener": 1.0}}, editor=Note(layer=1))
@@ -220,5 +222,5 @@ def test_the_command_refuses_words_it_does_not_know(command, two):
 def test_runs_of_several_regimes_and_orders_are_read_together(tmp_path, two):
     other = stored(tmp_path / "c", regimes=(sequential, joint), orders=2)
     rows = load(*two, other)
-    assert rows.order[rows.run == str(two[0])].isna().all()
+    assert (rows.order[rows.run == str(two[0])] == 0).all()
     assert list(compare(other, two[0]).regime) == ["sequential"]

@@ -49,8 +49,8 @@ def test_orders_are_permutations_by_their_number():
 def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_path):
     run = prepared(tmp_path)
     retention(run, {"sequential": sequential, "joint": joint}, orders=3)
-    rows = run.rows()
-    assert rows.order[rows.condition.isin(["unedited", "in_context"])].isna().all()
+    rows, stored = run.rows(), run.store.frame()
+    assert stored.order[stored.condition.isin(["unedited", "in_context"])].isna().all()
     found = matrices(rows)
     assert set(found) == {("notebook", "Note", regime, o) for regime in ("sequential", "joint") for o in range(3)}
     for (*_, order), matrix in found.items():
@@ -70,7 +70,7 @@ def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_pat
 
 def test_one_order_is_as_given_and_goes_without_a_name(tmp_path):
     run, rows, _ = taught(tmp_path)
-    assert "order" not in rows
+    assert "order" not in run.store.frame()
     assert list(pd.read_csv(tmp_path / "sequences.csv").order) == [0]
     ((_, matrix),) = matrices(rows).items()
     assert list(matrix.columns) == [f.id for f in run.facts]
@@ -116,7 +116,7 @@ def test_a_placebo_may_be_drawn_more_than_once(tmp_path, monkeypatch):
         random.groupby(["order", "draw"])["query"].agg(tuple).groupby("order").nunique().eq(1).all()
     )  # each draw is asked the same
     assert set(random.regime) == {"sequential"}
-    assert edited.draw.isna().all()
+    assert (edited.draw == 0).all()
     assert np.ptp(random.relative_norm) < 1e-6
     assert len(random) == 3 * (edited.regime.eq("sequential") & edited.step.eq(3)).sum()
 

@@ -61,7 +61,7 @@ def drops(rows: pd.DataFrame) -> pd.DataFrame:
 
 def by_subject(rows: pd.DataFrame) -> pd.DataFrame:
     """`drops` of each `subject`, then of each `group`, then of all: each question counts once, as in lm-eval's groups."""
-    grouped = rows[rows.group != ""] if "group" in rows else rows  # not all tasks are in one
+    grouped = rows[rows.group != ""]  # not all tasks are in one
     parts = [
         pd.DataFrame([who | _measured(both) for who, both in _pairs(own, ["suite", *by])])
         for own, by in ((rows, ["group", "subject"]), (grouped, ["group"]), (rows, []))
@@ -88,11 +88,8 @@ def power(lost: pd.DataFrame) -> str:
 
 def _pairs(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Each line, with its questions before and after."""
-    if "suite" not in rows:
-        return
     asked = rows[rows.kind == "question"]
-    asked = asked.reindex(columns=asked.columns.union(["gold_logprob"], sort=False))  # not all tasks have it
-    same = ["suite", "fact_id", *(["run"] if "run" in rows else [])]
+    same = ["suite", "fact_id", "run"]
     before: dict[tuple[str, str], pd.DataFrame] = {}
     for who, parts in summary_lines(asked) if len(asked) else ():
         who, own, name = dict(who), parts["kept"], (who["model"], who["editor"])
@@ -100,19 +97,18 @@ def _pairs(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[dict[str, An
             before[name] = own[[*same, "correct", "gold_logprob"]]
         if "of" not in who or name not in before:
             continue
-        order, draw = (own[c].fillna(0) if c in own else 0 for c in ("order", "draw"))
-        own = own.assign(state=1_000_000 * order + draw).merge(before[name], on=same, suffixes=("", "_before"))
+        own = own.assign(state=1_000_000 * own.order + own.draw).merge(before[name], on=same, suffixes=("", "_before"))
         for key, both in own.groupby(list(by), sort=False):
             yield dict(zip(by, key, strict=True)) | who, both
 
 
 def _measured(both: pd.DataFrame) -> dict[str, Any]:
-    about = pd.DataFrame({"fact_id": both.fact_id, "group": both.state} | ({"run": both.run} if "run" in both else {}))
+    about = pd.DataFrame({"fact_id": both.fact_id, "group": both.state, "run": both.run})
     lost = about.assign(value=both.correct_before - both.correct)
     out: dict[str, Any] = {"questions": both.fact_id.nunique()}
     out |= {"before": both.correct_before.mean(), "after": both.correct.mean()}
     out |= dict(zip(("drop", "drop_low", "drop_high"), estimate(lost), strict=True))
-    states = lost.groupby([name for name in ("run", "group") if name in lost]).value
+    states = lost.groupby(["run", "group"]).value
     changed = {(len(v), int((v > 0).sum()), int((v < 0).sum())) for _, v in states}
     out["p"] = max(mcnemar(losses, gains) for _, losses, gains in changed)
     out["detectable"] = float(np.max([detectable(n, gains) for n, gains in {(n, gains) for n, _, gains in changed}]))

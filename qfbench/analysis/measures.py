@@ -1,8 +1,9 @@
-"""Rows to measures: pure functions of one frame of rows (see `probes.ask` and `retention.check` for the columns)."""
+"""Rows to measures: pure functions of one frame of `rows.regular` (see `probes.ask` and `retention.check` for the columns)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,31 +22,131 @@ def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
     return {kind: rows.generated[rows.kind == kind].astype(float).mean() for kind in kinds}
 
 
-# Each measure of the summary: of which rows (see `summary_lines`), which kind of probe, which column.
-MEASURES = {
-    "efficacy": ("fresh", "edit", "generated"),
-    "paraphrase": ("fresh", "paraphrase", "generated"),
-    "held_out": ("fresh", "paraphrase_held_out", "generated"),
-    "portability": ("fresh", "portability", "generated"),
-    "forced": ("fresh", "edit", "forced"),
-    "inflation": ("fresh", "edit", "inflation"),
-    "preferred": ("fresh", "edit", "preferred"),
-    "retention": ("taught", "edit", "generated"),
-    "prior": ("kept", "prior", "generated"),
-    "locality": ("kept", "locality", "generated"),
-    "locality_gold": ("kept", "locality", "gold"),
-    "locality_preferred": ("kept", "locality", "preferred"),
-    "refused": ("kept", "unknown", "generated"),
-    "leakage": ("kept", "unknown", "leaked"),
-    "perplexity": ("kept", "perplexity", "nll"),
-    "accuracy": ("kept", "question", "correct"),
-}
+@dataclass(frozen=True)
+class Measure:
+    """A column of the summary: of which rows it is the mean, and how it is shown. To add one is to add it to `MEASURES`.
+
+    Args:
+        part: the rows it is about (see `summary_lines`): of the `fresh` facts, of all `taught` ones, of what should be `kept`.
+        kind: of probe.
+        column: of the rows; less the column `minus`, if there is one.
+        legend: what it means, in plain words.
+        nats: the column holds nats per token. Their mean is over tokens, and shown as its exp, a perplexity.
+        hidden: it stands in the CSV and on pages, but not in the printed table.
+        header: in the printed table, where its name is too long: 80 columns are soon full.
+        curve: what trackers call it ("suite": as the suite), beside the share that passes, which they have of every kind.
+    """
+
+    name: str
+    part: str
+    kind: str
+    column: str
+    legend: str
+    minus: str = ""
+    nats: bool = False
+    hidden: bool = False
+    header: str = ""
+    curve: str = ""
+
+    def __post_init__(self) -> None:
+        if self.part not in ("fresh", "taught", "kept") or not self.legend:
+            raise ValueError(f"measure {self.name}: needs a legend, and a part that is fresh, taught or kept")
+
+    @property
+    def collapse(self) -> str:
+        """The column of `sequences.over_sequence` that says when it collapses; "" where an edit need not leave it as it is."""
+        if self.part != "kept" or not (self.nats or self.column == "generated"):
+            return ""
+        return "collapse" if self.name == "prior" else f"collapse_{self.name}"
+
+    def values(self, rows: pd.DataFrame) -> pd.Series:
+        """Of each row what is averaged; NaN where it was not asked."""
+        values = rows[self.column].astype(float)
+        return values - rows[self.minus].astype(float) if self.minus else values
+
+    def mean(self, rows: pd.DataFrame) -> float:
+        """Of all rows that were asked, in the column's unit."""
+        values = self.values(rows)
+        return float(np.average(values, weights=rows.tokens.astype(float)) if self.nats else values.mean())
+
+    def shown(self, mean: float) -> float:
+        """A mean as it is shown. Of a difference of perplexities that is their ratio."""
+        return float(np.exp(mean)) if self.nats else mean
+
+
+_KNOWN = (
+    Measure("efficacy", "fresh", "edit", "generated", "taught queries answered right after their own edit"),
+    Measure("paraphrase", "fresh", "paraphrase", "generated", "the same in other wordings", header="para-\nphrase"),
+    Measure(
+        *("held_out", "fresh", "paraphrase_held_out", "generated"),
+        "the same in wordings that the training of a built-in model never used",
+        hidden=True,
+    ),
+    Measure(
+        *("portability", "fresh", "portability", "generated"),
+        "what follows from a fact (two hops, inverse), right after the edit",
+        header="porta-\nbility",
+    ),
+    Measure(
+        *("forced", "fresh", "edit", "forced"),
+        "share of the answer's tokens that are right when the answer itself is fed in: what most harnesses report",
+        hidden=True,
+    ),
+    Measure(
+        *("inflation", "fresh", "edit", "forced"),
+        "forced − efficacy: by how much that overstates",
+        minus="generated",
+        hidden=True,
+    ),
+    Measure(
+        *("preferred", "fresh", "edit", "preferred"),
+        "the new answer has fewer nats per token than the old one",
+        hidden=True,
+    ),
+    Measure(
+        *("retention", "taught", "edit", "generated"),
+        "all taught queries, answered after the last edit",
+        header="reten-\ntion",
+    ),
+    Measure(
+        *("prior", "kept", "prior", "generated"),
+        "what the unedited model knew, still answered after the last edit (single: after each)",
+    ),
+    Measure("locality", "kept", "locality", "generated", "neighbours of taught facts: still answered as before"),
+    Measure(
+        *("locality_gold", "kept", "locality", "gold"),
+        "neighbours: the reply names what the suite holds to be true",
+        hidden=True,
+    ),
+    Measure(
+        *("locality_preferred", "kept", "locality", "preferred"),
+        "neighbours: the right reply has fewer nats per token than the taught one",
+        hidden=True,
+    ),
+    Measure("refused", "kept", "unknown", "generated", "subjects nobody taught: still refused as before"),
+    Measure(
+        *("leakage", "kept", "unknown", "leaked"),
+        "the same subjects: answered with something that was taught (lower is better)",
+    ),
+    Measure(
+        *("perplexity", "kept", "perplexity", "nll"),
+        "of held text (lower is better; in the differences, a ratio)",
+        nats=True,
+        hidden=True,
+        curve="perplexity",
+    ),
+    Measure(
+        *("accuracy", "kept", "question", "correct"),
+        "general ability: questions of the first suite (group regression) answered right",
+        header="accu-\nracy",
+        curve="suite",
+    ),
+)
+MEASURES = {measure.name: measure for measure in _KNOWN}  # in the order of the summary's columns
 # Kinds of rows that are about no fact of the suite: all orders and runs share them.
 GENERAL = ("perplexity", "question")
-
-
-# What an edit should leave as it is, by kind of probe, and the measure of it.
-KEPT = {kind: name for name, (part, kind, column) in MEASURES.items() if (part, column) == ("kept", "generated")}
+# What an edit should leave as it is, by kind of probe whose replies say so, and the measure of it.
+KEPT = {m.kind: m.name for m in MEASURES.values() if m.collapse and not m.nats}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -106,7 +207,7 @@ def _difference(line: Line, reference: Line) -> dict[str, Any]:
     both = {name: pair for name, pair in both.items() if len(pair)}
     about = {name: who[name] for name in ("model", "editor", "regime")}
     about |= {f"{name}_of": other[name] for name in ("model", "editor", "regime")}
-    asked = [pair.fact_id.nunique() for name, pair in both.items() if MEASURES[name][1] not in GENERAL]
+    asked = [pair.fact_id.nunique() for name, pair in both.items() if MEASURES[name].kind not in GENERAL]
     about |= {"facts": max(asked, default=0)}
     return about | _estimates(both) | {f"{name}_same": _same(pair) for name, pair in both.items()}
 
@@ -131,31 +232,26 @@ def summary_lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str
 def _samples(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """For each measure that was taken, its values with what `uncertainty` needs to know of them."""
     out = {}
-    for name, (part, kind, column) in MEASURES.items():
-        rows = parts.get(part, pd.DataFrame(columns=["kind"]))
-        rows = rows[rows.kind == kind]
-        if kind == "question" and len(rows):
+    for name, measure in MEASURES.items():
+        if measure.part not in parts:
+            continue
+        rows = parts[measure.part]
+        rows = rows[rows.kind == measure.kind]
+        if measure.kind == "question" and len(rows):
             rows = rows[rows.suite == rows.suite.iloc[0]]
-        if column == "inflation" and "forced" in rows:
-            rows = rows.assign(inflation=rows.forced.astype(float) - rows.generated.astype(float))
-        rows = rows[rows[column].notna()] if column in rows else rows[:0]
+        rows = rows.assign(value=measure.values(rows)).dropna(subset="value")
         if rows.empty:
             continue
-        order, draw = (rows[c].fillna(0) if c in rows else pd.Series(0, rows.index) for c in ("order", "draw"))
-        sample = {"value": rows[column].astype(float), "order": order, "group": 1_000_000 * order + draw}
-        sample |= {"run": rows.run} if "run" in rows else {}
-        asked = rows.get("query", "")
-        sample |= {"fact_id": rows.fact_id, "probe": rows.kind + " " + asked}
-        out[name] = pd.DataFrame(sample | ({"weight": rows.tokens} if name == "perplexity" else {}))
+        sample = {column: rows[column] for column in ("value", "run", "order", "fact_id")}
+        sample |= {"group": 1_000_000 * rows.order + rows.draw, "probe": rows.kind + " " + rows["query"]}
+        out[name] = pd.DataFrame(sample | ({"weight": rows.tokens} if measure.nats else {}))
     return out
 
 
 def _estimates(samples: dict[str, pd.DataFrame]) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, sample in samples.items():
-        values = estimate(sample)
-        # A perplexity is exp of a mean; that of a difference is the ratio of two.
-        mean, low, high = map(float, np.exp(values)) if name == "perplexity" else values
+        mean, low, high = map(MEASURES[name].shown, estimate(sample))
         out |= {name: mean, f"{name}_low": low, f"{name}_high": high}
     return out
 
@@ -245,8 +341,7 @@ def balance_at_the_end(rows: pd.DataFrame) -> float:
 def _last(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each order, the rows of its last checkpoint."""
     asked = rows[rows.checkpoint.astype(bool)]
-    order = asked.order.fillna(0) if "order" in asked else pd.Series(0, index=asked.index)
-    return asked[asked.step == asked.step.groupby(order).transform("max")]
+    return asked[asked.step == asked.step.groupby(asked.order).transform("max")]
 
 
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:

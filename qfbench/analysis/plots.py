@@ -54,7 +54,7 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
             axes.plot(share.index, share, color=colour, ls=line, marker=marker, ms=3.5, label=label)
     for axes in ability:
         axes.set(title=f"general ability ({questions.suite.iloc[0]}, accuracy)")
-        chance = questions.chance.mean() if "chance" in questions else 0.0
+        chance = questions.chance.mean()
         if chance > 0:
             axes.axhline(chance, color="black", ls="--", lw=0.8)
             axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=8)
@@ -75,7 +75,7 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-MEASURES = {
+BY_MEASURE = {
     "efficacy": ("#0072B2", "-", "o"),
     "paraphrase": ("#009E73", ":", "D"),
     "held_out": ("#56B4E9", "--", "s"),
@@ -86,7 +86,9 @@ MEASURES = {
 }
 
 
-KEPT = {"retention": MEASURES["efficacy"]} | {name: MEASURES[name] for name in ("prior", "refused", "accuracy")}
+AT_THE_END = {"retention": BY_MEASURE["efficacy"]} | {
+    name: BY_MEASURE[name] for name in ("prior", "refused", "accuracy")
+}
 LABELS = {"held_out": "paraphrase, unseen wording", "refused": "refusals kept", "prior": "prior knowledge"}
 LABELS |= {"accuracy": "questions of general ability"}
 
@@ -99,13 +101,13 @@ def over_settings(table: pd.DataFrame, setting: str, label: str) -> Figure:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels: dict[str, tuple[str, tuple[str, ...]]] = {}
     panels["single"] = ("each fact alone", ("efficacy", "held_out", "prior", "refused"))
-    panels["sequential"] = ("after all facts, one after another", tuple(KEPT))
+    panels["sequential"] = ("after all facts, one after another", tuple(AT_THE_END))
     for axes, (regime, (title, names)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         own = table[table.regime == regime]
         at = range(len(own)) if own[setting].dtype == object else own[setting]
         for name in names:
             if name in own:
-                colour, line, marker = (KEPT if regime == "sequential" else MEASURES)[name]
+                colour, line, marker = (AT_THE_END if regime == "sequential" else BY_MEASURE)[name]
                 axes.plot(at, own[name], color=colour, ls=line, marker=marker, ms=4, label=LABELS.get(name, name))
                 axes.fill_between(at, own[f"{name}_low"], own[f"{name}_high"], color=colour, alpha=0.15, lw=0)
         axes.set(title=title, xlabel=label, ylim=(-0.03, 1.03))
@@ -119,7 +121,7 @@ def over_settings(table: pd.DataFrame, setting: str, label: str) -> Figure:
 def heat_maps(
     table: pd.DataFrame, setting: str, label: str, measures: Sequence[str] = ("efficacy", "held_out")
 ) -> Figure:
-    """Measures by a setting (across) and kind of knowledge (down), a panel each. Dark: more. `table` as of `metrics.by_kind`."""
+    """Measures by a setting (across) and kind of knowledge (down), a panel each. Dark: more. `table` as of `measures.by_kind`."""
     measures = [name for name in measures if name in table]
     figure = Figure(figsize=(4.4 * len(measures) + 0.6, 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
@@ -205,7 +207,7 @@ def learning_rates(curve: pd.DataFrame, reference: pd.DataFrame) -> Figure:
     for axes, scheme in zip(figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0], schemes, strict=True):
         own = curve[curve.scheme == scheme]
         for name in ("efficacy", "paraphrase", "prior", "leakage"):
-            colour, line, marker = MEASURES[name]
+            colour, line, marker = BY_MEASURE[name]
             if name not in own:
                 continue
             axes.plot(own.lr, own[name], color=colour, ls=line, marker=marker, ms=4, label=name)
@@ -262,7 +264,7 @@ def capacity(curve: pd.DataFrame, width: int) -> Figure:
     for axes, regime in zip(figure.subplots(1, len(regimes), sharey=True, squeeze=False)[0], regimes, strict=True):
         own = curve[curve.regime == regime]
         for name in ("retention", "prior"):
-            colour, line, marker = MEASURES["efficacy" if name == "retention" else name]
+            colour, line, marker = BY_MEASURE["efficacy" if name == "retention" else name]
             axes.plot(own["keys"], own[name], color=colour, ls=line, marker=marker, ms=4, label=name)
         axes.axvline(width, color="0.4", lw=1, ls=":")
         axes.annotate(f"width {width}", (width, 0.5), rotation=90, ha="right", va="center", fontsize=8, color="0.4")
@@ -280,13 +282,13 @@ def layer_curve(curve: pd.DataFrame) -> Figure:
     for name in ("efficacy", "held_out", "prior", "refused"):
         if name not in curve:
             continue
-        colour, line, marker = MEASURES[name]
+        colour, line, marker = BY_MEASURE[name]
         label = "paraphrase, unseen wording" if name == "held_out" else name
         alone.plot(curve.layer, curve[name], color=colour, ls=line, marker=marker, ms=4, label=label)
     for name in ("retention", "prior", "refused"):
         if f"seq_{name}" not in curve:
             continue
-        colour, line, marker = MEASURES["efficacy" if name == "retention" else name]
+        colour, line, marker = BY_MEASURE["efficacy" if name == "retention" else name]
         sequence.plot(curve.layer, curve[f"seq_{name}"], color=colour, ls=line, marker=marker, ms=4, label=name)
     alone.set(title="each fact alone", ylabel="share of replies (generated)")
     sequence.set(title="after all facts, one after another")

@@ -1,4 +1,4 @@
-"""Whole sequences of edits: the retention matrix, forgetting, collapse. Pure functions of one frame of rows, as `metrics`."""
+"""Whole sequences of edits: the retention matrix, forgetting, collapse. Pure functions of one frame of rows, as `measures`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qfbench.analysis.measures import KEPT, accumulating
+from qfbench.analysis.measures import KEPT, MEASURES, accumulating
 from qfbench.analysis.uncertainty import interval
 
 SEQUENCE = ["model", "editor", "regime", "order"]
@@ -24,7 +24,7 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     out = []
     by = ["model", "editor", "regime", "step"]
     for key, group in asked.groupby(by, sort=False):
-        low, high = interval(group.generated, group.fact_id, group.order.fillna(0) if "order" in group else None)
+        low, high = interval(group.generated, group.fact_id, group.order)
         measured = {"mean": group.generated.astype(float).mean(), "low": low, "high": high}
         out.append(dict(zip(by, key, strict=True)) | measured)
     return pd.DataFrame(out, columns=[*by, "mean", "low", "high"])
@@ -37,7 +37,6 @@ def matrices(rows: pd.DataFrame, protocol: str = "generated") -> dict[tuple[str,
     taught and where it was not asked. Nothing of regimes that do not accumulate.
     """
     edited = accumulating(rows[(rows.condition == "edited") & (rows.kind == "edit")])
-    edited = edited.assign(order=edited.order.fillna(0).astype(int) if "order" in edited else 0)
     out = {}
     for (model, editor, regime, order), own in edited.groupby(SEQUENCE, sort=False):
         taught = own[own.fresh.astype(bool)].sort_values("step").fact_id
@@ -69,8 +68,8 @@ def over_sequence(rows: pd.DataFrame) -> pd.DataFrame:
 
     `immediate` (mean R[k, k]), `final` (mean R[N, ·]), `forgetting` (`average_forgetting`), `half_life` (in edits), `first`
     (after how many edits the first fact was last answered), `collapse` (the first checkpoint at which prior knowledge is
-    under half of its start; NaN if none), the same as `collapse_<measure>` for the other measures of `KEPT`, and for perplexity
-    once it is twice its start; and `edits` (N).
+    under half of its start; NaN if none), the same as `collapse_<measure>` for the other measures that have a `collapse`, of
+    those in nats once they are over twice their start; and `edits` (N).
     """
     out = []
     for key, matrix in matrices(rows).items():
@@ -96,27 +95,23 @@ def _collapses(rows: pd.DataFrame, who: dict[str, Any]) -> dict[str, float]:
     """The first checkpoint at which each measure is under half of what it was; NaN where it never is."""
     own = rows[rows.condition == "edited"]
     for name, value in who.items():
-        own = own[own[name].fillna(0) == value] if name in own else own
+        own = own[own[name] == value]
     left = what_is_left(own)
-    before = rows[(rows.condition == "unedited") & (rows.model == who["model"]) & (rows.kind == "perplexity")]
-    if len(before):
-        start, held = _nll(before), own[own.kind == "perplexity"]
-        left["perplexity"] = pd.Series({step: np.exp(start - _nll(g)) for step, g in held.groupby("step")}, dtype=float)
-    fallen = {measure: share.index[share < COLLAPSED] for measure, share in left.items()}
-    at = {measure: float(steps[0]) if len(steps) else float("nan") for measure, steps in fallen.items()}
-    rest = {f"collapse_{measure}": step for measure, step in at.items() if measure != "prior"}
-    return {"collapse": at.get("prior", float("nan"))} | rest
+    before = rows[(rows.condition == "unedited") & (rows.model == who["model"])]
+    for name, measure in MEASURES.items():
+        unedited, held = (part[part.kind == measure.kind] for part in (before, own))
+        if measure.collapse and measure.nats and len(unedited):
+            start, steps = measure.mean(unedited), held.groupby("step")
+            left[name] = pd.Series({step: np.exp(start - measure.mean(g)) for step, g in steps}, dtype=float)
+    fallen = {MEASURES[name].collapse: share.index[share < COLLAPSED] for name, share in left.items()}
+    at = {column: float(steps[0]) if len(steps) else float("nan") for column, steps in fallen.items()}
+    return {"collapse": float("nan")} | at
 
 
 def what_is_left(rows: pd.DataFrame) -> dict[str, pd.Series]:
     """Of each measure of `KEPT` that was taken in one sequence, the share that is left of what the unedited model had, by step."""
     asked = {measure: rows[rows.kind == kind] for kind, measure in KEPT.items()}
     return {m: own.generated.astype(float).groupby(own.step).mean() for m, own in asked.items() if len(own)}
-
-
-def _nll(rows: pd.DataFrame) -> float:
-    """Nats per token of held text."""
-    return float(np.average(rows.nll.astype(float), weights=rows.tokens.astype(float)))
 
 
 def middle(sequences: pd.DataFrame) -> pd.DataFrame:

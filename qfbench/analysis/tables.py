@@ -17,27 +17,7 @@ from rich.table import Table
 
 from qfbench.analysis.measures import MEASURES
 
-# Of the summary, in the CSV only.
-HIDDEN = (
-    "of",
-    "held_out",
-    "forced",
-    "inflation",
-    "preferred",
-    "locality_gold",
-    "locality_preferred",
-    "perplexity",
-    "norm",
-)
-
-# 80 columns are soon full.
-HEADERS = {
-    "editor": "by",
-    "accuracy": "accu-\nracy",
-    "paraphrase": "para-\nphrase",
-    "portability": "porta-\nbility",
-    "retention": "reten-\ntion",
-}
+HIDDEN = ("of", *(name for name, measure in MEASURES.items() if measure.hidden), "norm")  # of the summary
 
 
 def console() -> Console:
@@ -55,11 +35,16 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
     shown = [column for column in frame if column not in {*hidden, *beside}]
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for column in shown:
-        header = HEADERS.get(column, str(column).replace("_", " ").replace(".", ".\n"))
-        table.add_column(escape(header), justify="right" if frame[column].dtype.kind in "fi" else "left")
+        table.add_column(escape(_header(column)), justify="right" if frame[column].dtype.kind in "fi" else "left")
     for line in frame.to_dict("records"):
         table.add_row(*(_cell(column, line) for column in shown))
     return table
+
+
+def _header(column: str) -> str:
+    if column in MEASURES and MEASURES[column].header:
+        return MEASURES[column].header
+    return "by" if column == "editor" else str(column).replace("_", " ").replace(".", ".\n")
 
 
 def _cell(column: str, line: Mapping[str, Any]) -> str:
@@ -82,7 +67,7 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
     return text + "~" * (line.get(f"{column}_same") is True)
 
 
-TWO_DECIMALS = {*MEASURES, "before", "after", "drop", "immediate", "final", "forgetting"}
+TWO_DECIMALS = {"before", "after", "drop", "immediate", "final", "forgetting"}  # beside the measures
 
 
 @dataclass(frozen=True)
@@ -109,7 +94,7 @@ def cell(name: str, line: Mapping[str, Any]) -> Cell:
         return Cell("", number=True)
     if name == "p" and value < 0.001:
         return Cell("< 0.001", number=True)
-    write: Callable[[float], str] = "{:z.2f}".format if name in TWO_DECIMALS else _short
+    write: Callable[[float], str] = "{:z.2f}".format if name in MEASURES or name in TWO_DECIMALS else _short
     low, high = (line.get(f"{name}_{side}", value) for side in ("low", "high"))
     text, interval = write(value), ""
     if high > low:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from qfbench.analysis.drops import SMALL, drops
+from qfbench.analysis.measures import MEASURES
 from qfbench.analysis.sequences import over_sequence
 from qfbench.pages.results import groups, pooled
 
@@ -91,8 +92,9 @@ def _left_out(rows: pd.DataFrame) -> list[str]:
 def _ended_early(rows: pd.DataFrame) -> list[str]:
     facts = understood(rows).groupby(["run", "model", "editor"]).generated.sum()
     out = []
-    done = edited(rows).assign(order=rows.order.fillna(0) if "order" in rows else 0)
-    for key, steps in done.groupby(["run", "model", "editor", "regime", "order"], sort=False).step.max().items():
+    for key, steps in (
+        edited(rows).groupby(["run", "model", "editor", "regime", "order"], sort=False).step.max().items()
+    ):
         run, model, editor, regime, order = key
         n = int(facts.get((run, model, editor), 0))
         if steps < n:
@@ -107,11 +109,10 @@ def _collapses(rows: pd.DataFrame) -> list[str]:
     for settings, own in groups(rows):
         sequences = over_sequence(own)
         for _, lines in sequences.groupby(["model", "editor", "regime"], sort=False) if len(sequences) else ():
-            for column in [name for name in lines if name.startswith("collapse")]:
-                at = lines[column].dropna()
+            for what, measure in MEASURES.items():
+                at = lines.get(measure.collapse, pd.Series(dtype=float)).dropna()
                 if len(at):
-                    what = column.removeprefix("collapse").removeprefix("_") or "prior"
-                    fallen = "at over twice its start" if what == "perplexity" else "under half of its start"
+                    fallen = "at over twice its start" if measure.nats else "under half of its start"
                     when = f"{at.min():g}" if at.min() == at.max() else f"{at.min():g} to {at.max():g}"
                     out.append(
                         f"Collapse of {who(lines.iloc[0].to_dict(), settings)}: {what} {fallen} after {when} edits, "
@@ -142,8 +143,6 @@ def _placebos(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
 
 
 def _rounding(rows: pd.DataFrame) -> list[str]:
-    if "rounding_loss" not in rows:
-        return []
     out = []
     for _, own in edited(rows).groupby(["model", "editor", "regime"], sort=False):
         if own.rounding_loss.max() > ROUNDED:

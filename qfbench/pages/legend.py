@@ -1,24 +1,9 @@
 """What columns and lines of tables mean, in plain words."""
 
-from qfbench.analysis.measures import KEPT
+from qfbench.analysis.measures import MEASURES
 
+# Beside the measures.
 COLUMNS = {
-    "efficacy": "taught queries answered right after their own edit",
-    "paraphrase": "the same in other wordings",
-    "held_out": "the same in wordings that the training of a built-in model never used",
-    "portability": "what follows from a fact (two hops, inverse), right after the edit",
-    "forced": "share of the answer's tokens that are right when the answer itself is fed in: what most harnesses report",
-    "inflation": "forced − efficacy: by how much that overstates",
-    "preferred": "the new answer has fewer nats per token than the old one",
-    "retention": "all taught queries, answered after the last edit",
-    "prior": "what the unedited model knew, still answered after the last edit (single: after each)",
-    "locality": "neighbours of taught facts: still answered as before",
-    "locality_gold": "neighbours: the reply names what the suite holds to be true",
-    "locality_preferred": "neighbours: the right reply has fewer nats per token than the taught one",
-    "refused": "subjects nobody taught: still refused as before",
-    "leakage": "the same subjects: answered with something that was taught (lower is better)",
-    "perplexity": "of held text (lower is better; in the differences, a ratio)",
-    "accuracy": "general ability: questions of the first suite (group regression) answered right",
     "before": "share of the questions answered right by the unedited model",
     "after": "the same of the edited model, after the last edit (single: after each that was checked)",
     "drop": "before − after, on the same questions",
@@ -34,8 +19,6 @@ COLUMNS = {
     "half_life": "after how many further edits facts are answered half as often (empty: never)",
     "first": "after how many edits the first fact was last answered",
     "collapse": "the edit after which prior knowledge is under half of its start (empty: never)",
-    **{f"collapse_{name}": f"the same of {name}" for name in KEPT.values() if name != "prior"},
-    "collapse_perplexity": "the edit after which perplexity is over twice its start (empty: never)",
     "edits": "edits so far",
     "relative_norm": "‖ΔW‖ / ‖W‖ of the changed weights, Frobenius norms",
     "top": "largest singular value of ΔW over ‖W‖",
@@ -53,3 +36,12 @@ LINES = {
     "protected": "each fact kept out of the way of the earlier ones",
     "placebo": "a random change of the same rank and size: what such a change does by itself",
 }
+
+
+def columns() -> dict[str, str]:
+    """The meaning of every column, those of the measures with when they collapse."""
+    doubled = "the edit after which {} is over twice its start (empty: never)".format
+    fallen = {
+        m.collapse: doubled(m.name) if m.nats else f"the same of {m.name}" for m in MEASURES.values() if m.collapse
+    }
+    return {name: measure.legend for name, measure in MEASURES.items()} | fallen | COLUMNS

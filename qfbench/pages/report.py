@@ -24,7 +24,7 @@ from qfbench.analysis.tables import tabled
 from qfbench.errors import UserError
 from qfbench.pages import results
 from qfbench.pages.cautions import cautions, edited
-from qfbench.pages.legend import COLUMNS, LINES
+from qfbench.pages.legend import LINES, columns
 from qfbench.runs.provenance import SAME
 from qfbench.runs.store import read_progress
 
@@ -46,8 +46,6 @@ def page(folder: str | Path) -> str:
     known = {_name(run, folder): results.provenance(run) for run in found}
     every = results.load(folder)
     rows = every[every.task == "retention"]
-    rows = rows.reindex(columns=[*rows, *(c for c in ("regime", "taught", "fresh", "checkpoint") if c not in rows)])
-    rows.attrs |= every.attrs
     values: dict[str, Any] = {
         "title": ", ".join(dict.fromkeys(map(experiment, found))),
         "folder": folder.resolve().name,
@@ -90,7 +88,7 @@ def _retention(
         "health": tabled(results.pooled(rows, health), hidden),
     }
     meaning = dict.fromkeys(rows.attrs["settings"], "a setting in which the runs differ, named as on the command line")
-    meaning |= COLUMNS
+    meaning |= columns()
     legend = {name: meaning[name] for t in tables.values() for name in t["names"] if name in meaning}
     n = max(EXAMPLES // len(combinations), 3)
     return tables | {
@@ -114,7 +112,7 @@ def sentence(rows: pd.DataFrame, known: Sequence[Mapping[str, Any]], settings: M
         for e, g in own.groupby("editor", sort=False)
     ]
     seeds = sorted({run.get("seed", 0) for run in known})
-    orders = _several(own.groupby("run").order.nunique().clip(lower=1)) if "order" in own else "1"
+    orders = _several(own.groupby("run").order.nunique())
     if own.empty:
         return f"Nothing has been written into {_several(rows.model)} so far; only the unedited model was asked."
     suite = str(settings.get("facts._target_", "")).split(".")[-1]
@@ -138,7 +136,7 @@ def questions(combinations: Combinations, measure: str) -> str:
         return ""
     asked = []
     for _, rows in combinations:
-        own = edited(rows[rows.kind == MEASURES[measure][1]])
+        own = edited(rows[rows.kind == MEASURES[measure].kind])
         asked += [len(part.drop_duplicates(["fact_id", "query"])) for _, part in own.groupby(["model", "editor"])]
     return "–".join(str(n) for n in sorted({min(asked), max(asked)})) if asked else ""
 

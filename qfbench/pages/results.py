@@ -16,7 +16,8 @@ import pyarrow.parquet
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from qfbench.analysis.measures import GENERAL, compared, summary
+from qfbench.analysis.measures import GENERAL, MEASURES, compared, summary
+from qfbench.analysis.rows import regular
 from qfbench.errors import UserError
 from qfbench.runs.identity import NOT_MEASURED, placeless
 from qfbench.runs.ledger import MADE_OF, Ledger
@@ -68,14 +69,13 @@ def load(*paths: str | Path) -> pd.DataFrame:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / 'rows.parquet'}: cannot be read ({error})") from error
         parts.append(rows.assign(run=str(folder), **{name: table.loc[str(folder), name] for name in differ}))
-    rows = pd.concat(parts, ignore_index=True)
-    rows = rows.infer_objects()
+    rows = regular(pd.concat(parts, ignore_index=True).infer_objects())
     rows.attrs["settings"] = names
     return rows
 
 
 def pooled(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame] = summary) -> pd.DataFrame:
-    """`metrics.summary` (or another measure) of each combination of settings of several runs, those that differ in `seed`
+    """`measures.summary` (or another measure) of each combination of settings of several runs, those that differ in `seed`
     taken together: an interval is over facts, orders and seeds."""
     parts = []
     for settings, own in groups(rows):
@@ -90,9 +90,8 @@ def groups(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Each combination of settings but `seed`, with its rows: `order` and `fact_id` tell those of different runs apart."""
     by = [name for name in rows.attrs["settings"] if name not in ("seed", "facts.seed")]
     run = pd.factorize(rows.run)[0]
-    order = rows.order.fillna(0) if "order" in rows else 0
-    facts = rows.fact_id.where(rows.kind.isin(GENERAL), rows.run + " " + rows.fact_id.fillna(""))
-    rows = rows.assign(order=1000 * run + order, fact_id=facts)
+    facts = rows.fact_id.where(rows.kind.isin(GENERAL), rows.run + " " + rows.fact_id)
+    rows = rows.assign(order=1000 * run + rows.order, fact_id=facts)
     for key, own in rows.groupby(by, dropna=False) if by else [((), rows)]:
         yield dict(zip(by, key, strict=True)), own
 
@@ -140,11 +139,12 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
         (to / folder.name).mkdir(parents=True)
         rows = pd.read_parquet(folder / "rows.parquet")
         if "reply" in rows:
-            rows["nll"] = rows.nll.where(rows.kind == "perplexity")
+            used = {measure.kind for measure in MEASURES.values() if "nll" in (measure.column, measure.minus)}
+            rows["nll"] = rows.nll.where(rows.kind.isin(used))
             rows["reply"] = rows.reply.where(rows.stopped.eq(True))
         if "logprobs" in rows:
             rows = rows.drop(columns="logprobs").assign(
-                gold_logprob=rows.gold_logprob.where(_shown(rows)).astype("float32")
+                gold_logprob=rows.gold_logprob.where(_shown(regular(rows))).astype("float32")
             )
             texts = ["query", "expected"]
             rows[texts] = rows[texts].where(rows.kind != "question", "")
@@ -164,13 +164,17 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
 
 def _shown(rows: pd.DataFrame) -> pd.Series:
     """Whether a row's log-probability stands behind a measure: not in the midst of a sequence."""
-    sequence = [rows[name] for name in ("model", "editor", "regime", "order") if name in rows]
-    last = rows.step.where(rows.kind == "question").groupby(sequence, dropna=False).transform("max")
+    sequence = ["model", "editor", "regime", "order"]
+    last = (
+        rows.step.where(rows.kind == "question")
+        .groupby([rows[name] for name in sequence], dropna=False)
+        .transform("max")
+    )
     return (rows.taught != rows.step) | (rows.step == last)
 
 
 def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) -> pd.DataFrame:
-    """What `run` scores beyond `other`, paired by probe and order (`metrics.compared`).
+    """What `run` scores beyond `other`, paired by probe and order (`measures.compared`).
 
     Raises:
         UserError: they were not measured in the same way: a field of `SAME` differs that is not named in `across`.

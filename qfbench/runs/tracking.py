@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from qfbench.analysis.measures import MEASURES
 from qfbench.runs.store import Rows
 
 
@@ -105,7 +105,7 @@ def curves(rows: pd.DataFrame, usual: Mapping[str, Any]) -> Iterator[tuple[int, 
     """The points that rows add to the live curves: a step, and values by name.
 
     `SERIES/KIND` is the share of replies of a kind that pass (`generated`) at a checkpoint, of all that is asked then;
-    `SERIES/new_KIND` of those about the fact taught last; beside them the health of the change. A row that is no reply gives
+    `SERIES/new_KIND` of those about the fact taught last; beside them the health of the change, and each measure that has a `curve`. A row that is no reply gives
     its numbers. A series is named by its task and by what it does not share with the run (`usual`): another editor, a layer ...
     """
     rows = _complete(rows)
@@ -119,12 +119,11 @@ def curves(rows: pd.DataFrame, usual: Mapping[str, Any]) -> Iterator[tuple[int, 
         for prefix, part in (("", asked[of_all]), ("new_", asked[new])):
             shares = part.generated.astype(float).groupby(part.kind).mean()
             points |= {f"{prefix}{kind}": share for kind, share in shares.dropna().items()}
-        questions = asked[asked.kind == "question"]
-        if len(questions):
-            points |= questions.groupby("suite").correct.mean().to_dict()
-        held = asked[asked.kind == "perplexity"]
-        if len(held):
-            points["perplexity"] = np.exp(np.average(held.nll.astype(float), weights=held.tokens.astype(float)))
+        for measure in MEASURES.values():
+            its = asked[asked.kind == measure.kind]
+            if measure.curve and len(its):
+                names = its.suite if measure.curve == "suite" else pd.Series(measure.curve, its.index)
+                points |= {name: measure.shown(measure.mean(part)) for name, part in its.groupby(names)}
         yield int(step), {f"{series}/{name}": float(value) for name, value in points.items()}
 
 

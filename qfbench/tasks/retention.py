@@ -78,7 +78,7 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
     several = len(table[["model", "editor"]].drop_duplicates())
     same = [] if several > table.editor.nunique() else ["model"]
     same += ["editor"] if several == 1 else []
-    over = "facts and orders" if "order" in rows else "facts"
+    over = "facts and orders" if rows.order.nunique() > 1 else "facts"
     run.table(table, f"{len(run.facts)} facts, one after another: {title} (± 95% over {over})", hidden=[*same, *HIDDEN])
     if len(against):
         first = against.iloc[0]

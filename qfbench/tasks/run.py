@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 
 from qfbench.analysis import tables
+from qfbench.analysis.rows import regular
 from qfbench.editors import Editor
 from qfbench.errors import UserError
 from qfbench.facts import Fact, Probe
@@ -158,9 +159,9 @@ class Run:
             yield from (row | {"suite": name} for row in rows)
 
     def rows(self, task: str = "") -> pd.DataFrame:
-        """The rows of a task, by default of the one that is running."""
+        """The rows of a task, by default of the one that is running, as analysis takes them."""
         frame = self.store.frame()
-        return frame[frame.task == (task or self.task)]
+        return regular(frame[frame.task == (task or self.task)])
 
     def warn(self, text: str) -> None:
         self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
