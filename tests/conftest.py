@@ -47,6 +47,28 @@ REAL = {
 }
 
 
+# What contributors run before anything else, and what is tried with the lowest versions: of everything a little.
+SMOKE = (
+    *(
+        "test_structure",
+        "test_contract",
+        "test_delta",
+        "test_dialogue",
+        "test_lm",
+        "test_qf",
+        "test_regimes",
+        "test_plots",
+    ),
+    *("test_metrics", "test_metrics_sequences", "test_tables", "test_retention", "test_run_resume"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SMOKE and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.smoke)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(3000)

@@ -210,7 +210,7 @@ def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path
     ("arguments", "code", "message"),
     [
         (["editor.layer=9"], 2, "qfbench: editor.layer=9"),
-        pytest.param(["editor.layr=1"], 1, "layr", marks=pytest.mark.slow),
+        (["editor.layr=1"], 2, "layr"),
     ],
 )
 def test_the_command_line_prints_no_traceback(tmp_path, arguments, code, message):
