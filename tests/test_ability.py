@@ -16,6 +16,7 @@ from qfbench import UserError
 from qfbench.analysis.drops import by_subject, drops
 from qfbench.analysis.measures import summary
 from qfbench.analysis.plots import forgetting_curves
+from qfbench.analysis.rows import regular
 from qfbench.analysis.sequences import forgetting
 from qfbench.editors import QF
 from qfbench.editors.regimes import joint, sequential
@@ -223,7 +224,7 @@ def test_a_third_panel_shows_accuracy_over_edits_and_chance(quizzed):
     assert "quiz" in axes.get_title()
     silent = rows[rows.kind != "question"]
     assert len(forgetting_curves(forgetting(silent), silent).axes) == 2
-    exact = rows.drop(columns="chance")  # of tasks without choices
+    exact = regular(rows.drop(columns="chance"))  # of tasks without choices
     assert len(forgetting_curves(forgetting(exact), exact).axes[2].lines) == 2
 
 
