@@ -213,7 +213,7 @@ def teach(
     `about` are columns of every row, and part of the name of the file that the change is saved in. What an earlier process did
     of this is not done again.
     """
-    editor, about = run.editor, {"layer": run.editor.site.layer} | dict(about or {})
+    editor, about = run.editor, {"layer": run.editor.sites[0].layer} | dict(about or {})
     sequence = accumulates(regime)
     earlier = run.earlier(regime=name, **about)
     edited, draws = earlier[earlier.condition == "edited"], set(earlier.draw[earlier.condition == "placebo"])
@@ -225,7 +225,7 @@ def teach(
         return
     if done and sequence:
         try:
-            total = WeightDelta.load(state, editor.site.home(run.lm.model))
+            total = WeightDelta.load(state, editor.sites[0].home(run.lm.model))
         except UserError as error:
             run.warn(f"{error}; {name} is measured again")
             run.forget(earlier.index)
