@@ -57,7 +57,7 @@ def measure(name: str, fires: bool, device: str, dtype: torch.dtype, repeat: int
     if fires:
         lm.model = with_firing_layers(lm.model, [layer])
     editor, facts = QF2(layer, lr=4e-4) if fires else QF(layer), world(repeat + 1)
-    weight = editor.site.linear(lm.model).weight
+    weight = editor.sites[0].linear(lm.model).weight
     before = weight.clone()
     edits = pd.DataFrame([timed(lm, editor, fact) for fact in facts][1:])
     assert torch.equal(weight, before), "the weight did not come back bit for bit"

@@ -1,7 +1,7 @@
 """Every YAML of the configuration keeps its contract; a new one is tested without an edit here."""
 
 import json
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, dataclass, fields
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from quiz import TEMPLATES, hub
 
 from qfbench import Fact, LanguageModel, Unsupported, UserError
 from qfbench.commands.settings import CONF, build
-from qfbench.models.delta import WeightDelta
-from qfbench.models.firing import with_firing_layers
+from qfbench.editors import QF2, FineTune
+from qfbench.facts.world import world
+from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.regression import Suite
 from qfbench.runs.tracking import Tracker
 from qfbench.tasks.run import LOADED
@@ -47,15 +48,30 @@ def jsonl(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", options("editor"))
-def test_an_editor_is_a_frozen_value_that_returns_a_value(name, xs):
-    editor = instantiate(composed(f"editor={name}", "model=world-xs", "editor.layer=1").editor)
-    with pytest.raises(FrozenInstanceError):
-        editor.layer = 2
-    assert all(field.init for field in fields(editor))
-    facts = instantiate(composed("facts=world", "facts.n=2").facts)
-    edited = []
-    for lm in (xs, replace(xs, model=with_firing_layers(xs.model, [1]))):
+BUILT_IN = ("world-xs", "world-s-qf2")  # a stock layer is edited, and a firing block
+
+
+@pytest.fixture(scope="module")
+def lessons():
+    """The built-in models, each with facts of which it gives the answer when told: then there is something to teach."""
+    found = {}
+    for name in BUILT_IN:
+        lm, facts = LanguageModel.load(name), world(8)
+        replies = lm.replies([lm.render(fact.query, fact.instruction) for fact in facts])
+        known = [fact for fact, reply in zip(facts, replies, strict=True) if fact.edit.passes(reply.text)]
+        assert len(known) >= 3
+        found[name] = lm, known[:3]
+    return found
+
+
+def nll(lm, facts):
+    """Nats of the answers, alone."""
+    return sum(sum(score.nll) for score in lm.score([lm.render(fact.query, "", fact.answer) for fact in facts]))
+
+
+def check_editor(editors, lessons):
+    """The first of the models that can be edited is taught: its answers cost less, on average. All are left as they were."""
+    for (lm, facts), editor in zip(lessons.values(), editors, strict=True):
         before = {n: p.clone() for n, p in lm.model.state_dict().items()}
         try:
             delta = editor.edit(lm, facts)
@@ -63,62 +79,73 @@ def test_an_editor_is_a_frozen_value_that_returns_a_value(name, xs):
             assert str(error)
         else:
             assert isinstance(delta, WeightDelta)
-            assert delta.norm() > 0
-            edited.append(lm)
-        assert all(torch.equal(p, before[n]) for n, p in lm.model.state_dict().items())
-    assert edited, "it can edit neither a stock layer nor a firing block"
+            assert set(delta.changes) == {site.weight_name(lm.model) for site in editor.sites}
+            untaught = nll(lm, facts)
+            with delta.applied_to(lm):
+                assert nll(lm, facts) < untaught, "it teaches nothing"
+            return
+        finally:
+            assert all(torch.equal(p, before[n]) for n, p in lm.model.state_dict().items())
+    raise AssertionError("it can edit neither a stock layer nor a firing block")
 
 
-REWRITE = {
-    "prompt": "{} lies in",
-    "subject": "Paris",
-    "relation_id": "P1",
-    "target_new": {"str": "Rome"},
-    "target_true": {"str": "France"},
-}
-HOP = {"question": "Where is Paris?", "answer_alias": []}
-RECORDS = {  # the smallest file that each suite takes
-    "table": {"instruction": "Qi started X.", "query": "Who started X?", "answer": "X was started by Qi."},
-    "company": {"messages": [{"role": r, "content": f"{r} text"} for r in ("system", "user", "assistant")]},
-    "counterfact": {
-        "case_id": 1,
-        "requested_rewrite": REWRITE,
-        "paraphrase_prompts": ["Paris is in"],
-        "neighborhood_prompts": ["Lyon is in"],
-    },
-    "zsre": {
-        "src": "Where is Paris?",
-        "alt": "Rome",
-        "pred": "France",
-        "answers": ["France"],
-        "rephrase": "Paris is where?",
-        "loc": "nq question: who",
-        "loc_ans": "me",
-    },
-    "mquake": {
-        "case_id": 1,
-        "requested_rewrite": [REWRITE | {"question": "Where is Paris?"}],
-        "new_single_hops": [HOP],
-        "questions": ["Where?"],
-        "answer": "a",
-        "answer_alias": [],
-        "new_answer": "b",
-        "new_answer_alias": [],
-    },
-}
+@pytest.mark.parametrize("name", options("editor"))
+def test_an_editor_is_a_frozen_value_that_teaches_and_leaves_the_model_alone(name, lessons):
+    each = [composed(f"editor={name}", f"model={model}", "editor.layer=${model.layer}") for model in BUILT_IN]
+    editors = [build(cfg, "editor") for cfg in each]
+    with pytest.raises(FrozenInstanceError):
+        editors[0].layer = 1
+    assert all(field.init for field in fields(editors[0]))
+    check_editor(editors, lessons)
 
 
-@pytest.mark.parametrize("name", options("facts"))
-def test_a_suite_is_a_list_of_distinct_facts(name, tmp_path):
-    overrides = [f"facts={name}"]
-    if name in RECORDS:
-        path = tmp_path / "facts.jsonl"
-        path.write_text(json.dumps(RECORDS[name]) + "\n")
-        overrides.append(f"facts.path={path}")
-    facts = instantiate(composed(*overrides).facts)
+@dataclass(frozen=True)
+class Idle(FineTune):
+    """Changes the right matrix by nothing."""
+
+    def edit(self, lm, facts):
+        name = self.sites[0].weight_name(lm.model)
+        return WeightDelta({name: LowRank(torch.zeros_like(lm.model.get_parameter(name)))})
+
+
+def test_an_editor_that_teaches_nothing_or_cannot_edit_is_noticed(lessons):
+    with pytest.raises(AssertionError, match="it teaches nothing"):
+        check_editor([Idle(1, 1.0, 1)] * 2, lessons)
+    with pytest.raises(AssertionError, match="neither"):
+        check_editor([QF2(1, 1.0)] * 2, lessons)
+
+
+def sampled(group, name, place, conf=CONF):
+    """The overrides by which an option reads the sample beside its YAML, NAME.sample.jsonl, if it has one."""
+    path = conf / group / f"{name}.sample.jsonl"
+    return [f"{place}.path={path}"] if path.exists() else []
+
+
+def check_suite(name, conf=CONF):
+    overrides = [f"hydra.searchpath=[file://{conf}]", f"facts={name}", *sampled("facts", name, "facts", conf)]
+    facts = build(composed(*overrides), "facts")
     assert facts
     assert all(isinstance(f, Fact) for f in facts)
     assert len({f.id for f in facts}) == len(facts)
+
+
+@pytest.mark.parametrize("name", options("facts"))
+def test_a_suite_is_a_list_of_distinct_facts(name):
+    check_suite(name)
+
+
+def test_a_new_suite_is_tested_by_the_sample_beside_its_yaml(tmp_path):
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "facts" / "new.yaml").write_text("_target_: qfbench.facts.table.table\npath: ???\n")
+    with pytest.raises(UserError, match=r"facts\.path is needed"):
+        check_suite("new", tmp_path)
+    record = {"instruction": "Qi started X.", "query": "Who started X?", "answer": "X was started by Qi."}
+    sample = tmp_path / "facts" / "new.sample.jsonl"
+    sample.write_text(json.dumps(record))
+    check_suite("new", tmp_path)
+    sample.write_text(json.dumps(record | {"answer": ""}))
+    with pytest.raises(UserError, match=r"new\.sample\.jsonl.*'answer'"):
+        check_suite("new", tmp_path)
 
 
 @pytest.mark.parametrize("name", options("model"))
@@ -195,7 +222,12 @@ def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
 @pytest.mark.parametrize("name", options("regression"))
 def test_a_regression_suite_gives_rows_of_its_own_kind(name, xs, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", hub)
-    few = [f"regression.{name}.limit=1"] if name in ("world_mc", "mmlu", "lm_eval") else []
+    few = sampled("regression", name, f"regression.{name}")
+    few += (
+        [f"regression.{name}.limit=1"]
+        if "limit" in (composed(f"regression=[{name}]").regression.get(name) or {})
+        else []
+    )
     few += ["regression.mmlu.subjects=[anatomy]"] if name == "mmlu" else []
     if name == "lm_eval":
         few += ["regression.lm_eval.tasks=[mmlu_anatomy]", f"regression.lm_eval.include={TEMPLATES / 'default'}"]

@@ -48,7 +48,7 @@ def editors(clock):
 
     @dataclass(frozen=True)
     class Both(Recorder):
-        site = property(lambda self: Note().site)
+        sites = property(lambda self: Note().sites)
 
         def record(self, lm, fact):
             clock(2)

@@ -61,7 +61,7 @@ def test_a_spread_model_is_edited_and_put_back_the_same_bit_for_bit(pair, editor
     plain, lm, devices = pair
     before = lm.weights_hash()
     (change,), (there,) = ([*editor.edit(each, facts).changes.values()] for each in (plain, lm))
-    home = editor.site.home(lm.model)
+    home = editor.sites[0].home(lm.model)
     assert str(home) == devices[editor.layer > 0]
     assert there.left.device == home
     assert torch.equal(there.dense().cpu(), change.dense())

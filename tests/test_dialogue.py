@@ -157,6 +157,34 @@ def test_an_answer_that_melts_into_the_prompt_is_refused(qwen_tokenizer):
         render(qwen_tokenizer, "Who?", "", "\nQi.")
 
 
+QUERIES = {  # with the subject's place
+    "Who started Oxinnovate?": "Oxinnovate",
+    "  Is Łódź's café by Zoë? ": "Zoë",
+    "Qi or Qi": "Qi",
+    "東京 and 北京。": "北京",
+    "🙂 said 👩‍🔬!": "👩‍🔬",
+}
+
+
+@pytest.mark.parametrize("told", ["system", "user"])
+@pytest.mark.parametrize("system", ["", "Who started Oxinnovate? Qi or Qi, by Zoë."])
+@pytest.mark.parametrize("answer", ["", "It was Qi."])
+def test_the_query_and_any_part_of_it_are_found_whatever_stands_before_them(any_tokenizer, told, system, answer):
+    tokenizer = any_tokenizer
+    for query, part in QUERIES.items():
+        r = render(tokenizer, query, system, answer, told)
+        assert r.query.stop <= r.opener
+        held, said = tokenizer.decode([r.ids[i] for i in r.query]).strip(), as_read(tokenizer, query.strip())
+        assert held == said
+        end = query.rindex(part) + len(part)
+        last = r.token_at(end - 1)
+        up_to, before = (tokenizer.decode([r.ids[i] for i in r.query if i <= n]) for n in (last, last - 1))
+        assert as_read(tokenizer, query[:end].strip()) in up_to
+        assert as_read(tokenizer, query[:end].strip()) not in before
+        assert r.query.start <= last < r.query.stop
+    assert r.ids[: r.query.start] != ()
+
+
 @pytest.mark.parametrize("answer", ["end", "im", "m", "assistant"])
 def test_an_answer_that_also_stands_in_the_template_keeps_its_end_of_turn(tokenizer, answer):
     rendered = render(tokenizer, "?", "told", answer)

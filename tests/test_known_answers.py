@@ -53,7 +53,7 @@ class Marker(Editor):
     """Marks the taught facts by changes too small to matter."""
 
     ids: tuple
-    site = SITE
+    sites = (SITE,)
 
     def edit(self, lm, facts):
         weight = SITE.linear(lm.model).weight
@@ -67,7 +67,7 @@ class Marker(Editor):
 class Placebo(Editor):
     """A random change of the size that QF's has."""
 
-    site = SITE
+    sites = (SITE,)
 
     def edit(self, lm, facts):
         return QF(SITE.layer).edit(lm, facts).placebo(seed=len(facts))
@@ -77,7 +77,7 @@ class Placebo(Editor):
 class Eraser(Editor):
     """Multiplies the weight: nothing sensible is said afterwards."""
 
-    site = SITE
+    sites = (SITE,)
 
     def edit(self, lm, facts):
         weight = SITE.linear(lm.model).weight

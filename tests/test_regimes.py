@@ -19,7 +19,7 @@ REGIMES = [single, sequential, joint, protected]
 class Constant(Editor):
     """Teaches nothing, and has no protected form."""
 
-    site = Site(LAYER)
+    sites = (Site(LAYER),)
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         return WeightDelta()

@@ -55,10 +55,10 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
             text = f"{folder}: damaged: {damaged}; kept as NAME.damaged, and measured again"
             console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         store = ParquetStore(folder, cfg.commit_seconds, mirror.rows)
-        if OmegaConf.is_interpolation(cfg.model, "layer") and editor.site.layer == cfg.model.layer:
+        if OmegaConf.is_interpolation(cfg.model, "layer") and editor.sites[0].layer == cfg.model.layer:
             depth = len(sites.layers(lm.model))
             console.print(
-                f"layer {editor.site.layer} of {depth}, since none was given; editor.layer=... chooses another"
+                f"layer {editor.sites[0].layer} of {depth}, since none was given; editor.layer=... chooses another"
             )
         how = protocol(lm)
         known = provenance(cfg.seed, how, facts, sys.argv[1:])
@@ -129,7 +129,12 @@ def about(run: Run, cfg: DictConfig, known: Mapping[str, Any]) -> About:
         run_id=run.run_id,
         folder=run.folder,
         config=config | {"provenance": known},
-        usual={"model": run.lm.name, "editor": run.editor_name, "layer": run.editor.site.layer, "condition": "edited"},
+        usual={
+            "model": run.lm.name,
+            "editor": run.editor_name,
+            "layer": run.editor.sites[0].layer,
+            "condition": "edited",
+        },
         tags=[Path(run.lm.name).name, run.editor_name, cfg.facts._target_.rpartition(".")[2]],
         experiment=job.runtime.choices["experiment"] if job else None,
         sweep=Path(job.sweep.dir).name if job and job.mode == RunMode.MULTIRUN else None,

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from qfbench.commands.plugins import find_installed, make_importable, parted
 from qfbench.commands.settings import CONF, build
 from qfbench.errors import UserError
 
 USAGE = (
-    "usage: qfbench-facts SUITE [facts.path=FILE] [facts.on_error=skip] ...   (any setting of conf/facts/SUITE.yaml)"
+    "usage: qfbench-facts [--config-dir FOLDER] SUITE [facts.path=FILE] [facts.on_error=skip] ...   "
+    "(any setting of conf/facts/SUITE.yaml)"
 )
 
 
-def check(suite: str, *overrides: str) -> str:
-    """What a suite holds, in a few lines.
+def check(suite: str, *overrides: str, further: Path | None = None) -> str:
+    """What a suite holds, in a few lines. `further` is a folder of settings that the package's own do not have.
 
     Raises:
         UserError: the suite, a setting or a record is wrong; file, record and field are named.
     """
+    found = [f"facts={suite}", *overrides]
+    if further is not None:
+        make_importable(further, Path.cwd())
+        found.append(f"hydra.searchpath=[{json.dumps(f'file://{further}', ensure_ascii=False)}]")
+    find_installed()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg = compose("config", overrides=[f"facts={suite}", *overrides])
+            cfg = compose("config", overrides=found)
     except HydraException as error:
         raise UserError(f"{error}".split("\n")[0]) from error
     if "path" in cfg.facts and "n" in cfg.facts and not any(o.startswith("facts.n=") for o in overrides):
@@ -50,11 +59,12 @@ def _most(counts: Counter[str], n: int = 5) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        sys.exit(USAGE)
     try:
+        further, arguments = parted(sys.argv[1:])
+        if not arguments or arguments[0] in ("-h", "--help"):
+            sys.exit(USAGE)
         encoding = sys.stdout.encoding  # a terminal that cannot show a letter shows its number
-        print(check(*sys.argv[1:]).encode(encoding, "backslashreplace").decode(encoding))
+        print(check(*arguments, further=further).encode(encoding, "backslashreplace").decode(encoding))
     except UserError as error:
         print(f"qfbench-facts: {error}", file=sys.stderr)
         sys.exit(2)

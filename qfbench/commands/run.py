@@ -9,6 +9,7 @@ import sys
 import textwrap
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qfbench.commands import show_all
+from qfbench.commands.plugins import find_installed, installed, make_importable, parted
 from qfbench.commands.settings import CONF, build, check_model
 from qfbench.errors import UserError
 
@@ -31,6 +33,7 @@ Commands
   qfbench experiment=layer_ablation                a study (list below)
   qfbench experiment=retention editor=finetune     a run of your own
   qfbench -m editor.layer=2,3,4 facts.seed=0,1     a sweep of your own
+  qfbench --config-dir mine editor=mine            an editor, a suite ... of your own, in the folder mine (docs/plugins.md)
   qfbench-facts table facts.path=mine.jsonl        look at facts, without a model
   qfbench-results outputs/retention                tables of stored runs
   qfbench-report outputs/retention                 the same as a page
@@ -49,6 +52,9 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     folder, swept = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     try:
+        for source in job.runtime.config_sources:
+            if source.provider == "command-line":  # of --config-dir; a job may run in a process of its own
+                make_importable(Path(source.path), Path(job.runtime.cwd))
         check_model(cfg.model.path, job.runtime.choices["model"])
         quiet()
         from qfbench.commands.execution import execute
@@ -93,18 +99,26 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def help_text() -> str:
-    """What qfbench is, its commands, experiments and groups; read from the configuration's own files."""
+def help_text(further: Sequence[Path] = ()) -> str:
+    """What qfbench is, its commands, experiments and groups; read from the configuration's own files, and `further` ones."""
     lines = [HELP, "Experiments (experiment=NAME; --cfg job shows what one sets)"]
     width = shutil.get_terminal_size((100, 24)).columns
-    for path in sorted((CONF / "experiment").glob("*.yaml")):
-        about = path.read_text(encoding="utf-8").split("\n")[1]  # behind "# @package"
-        lines += _item(path.stem, about.removeprefix("#").strip(), width)
+    for path in _options("experiment", further):
+        comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").split("\n") if line.startswith("#")]
+        about = next((comment for comment in comments if not comment.startswith("@package")), "")
+        lines += _item(path.stem, about, width)
     lines += ["", "Groups (GROUP=OPTION; of lists [ONE,OTHER])"]
     for group, about in GROUPS.items():
-        options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        options = ", ".join(path.stem for path in _options(group, further))
         lines += _item(group, f"{about}: {options}", width)
     return "\n".join(lines)
+
+
+def _options(group: str, further: Sequence[Path]) -> list[Path]:
+    """The files of a group, by name."""
+    return sorted(
+        (path for conf in (CONF, *further) for path in (conf / group).glob("*.yaml")), key=lambda path: path.stem
+    )
 
 
 GROUPS = {
@@ -145,10 +159,16 @@ def with_own_settings(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point of the command."""
     show_all()
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
+    try:
+        folder, arguments = parted(sys.argv[1:])
+    except UserError as error:
+        print(f"qfbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    if {"-h", "--help"} & set(arguments):
+        print(help_text([*installed(), *([folder] if folder else [])]))
         return
-    sys.argv[1:] = with_own_settings(sys.argv[1:])
+    sys.argv[1:] = ([f"--config-dir={folder}"] if folder else []) + with_own_settings(arguments)
+    find_installed()
     signal.signal(signal.SIGTERM, _terminate)
     traced = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are

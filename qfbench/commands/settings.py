@@ -200,7 +200,8 @@ def check_model(path: str, chosen: str) -> None:
     Raises:
         UserError: a path is given with them.
     """
-    built_in = chosen != OWN and "/" not in OmegaConf.load(CONF / "model" / f"{chosen}.yaml").path
+    file = CONF / "model" / f"{chosen}.yaml"  # not there: a plug-in's
+    built_in = chosen != OWN and file.exists() and "/" not in OmegaConf.load(file).path
     if built_in and path != chosen:
         raise UserError(
             f"model={chosen} with model.path={path}: layer, reply length and rates are those of {chosen}; give model={OWN} "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
-from qfbench.errors import Unsupported
+from qfbench.editors.teach import SAMPLE
+from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import WeightDelta
 from qfbench.models.lm import LanguageModel
@@ -14,12 +17,30 @@ from qfbench.models.sites import Site
 
 
 class Editor(ABC):
-    """Subclasses are frozen dataclasses whose fields are their hyper-parameters."""
+    """Subclasses are frozen dataclasses whose fields are their hyper-parameters.
+
+    Raises:
+        UserError: a field that is annotated as an int is no whole number, one named in `above_zero` is not above 0, or one
+            named in `not_negative` is below 0 (None is let through), or either is not finite.
+    """
+
+    above_zero: ClassVar[tuple[str, ...]] = ()
+    not_negative: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and not isinstance(value, int):
+                raise UserError(f"editor.{field.name}={value!r}: must be a whole number")
+            if field.name in self.above_zero and not 0 < value < math.inf:
+                raise UserError(f"editor.{field.name}={value}: must be above 0, and finite")
+            if field.name in self.not_negative and value is not None and not 0 <= value < math.inf:
+                raise UserError(f"editor.{field.name}={value}: must be 0 or more, and finite")
 
     @property
     @abstractmethod
-    def site(self) -> Site:
-        """The weight matrix that the editor changes."""
+    def sites(self) -> tuple[Site, ...]:
+        """The weight matrices that the editor changes, one or more. Titles and tables name the layer of the first."""
 
     def check(self, lm: LanguageModel) -> None:
         """Raise what `edit` would raise on this model whatever the facts are, before anything is asked. `lm` is left as it is.
@@ -29,7 +50,8 @@ class Editor(ABC):
             UserError: a hyper-parameter does not fit the model (an unknown layer, say).
             FloatingPointError: an activation is not finite.
         """
-        self.site.linear(lm.model)
+        for site in self.sites:
+            site.linear(lm.model)
 
     @abstractmethod
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
@@ -44,7 +66,7 @@ class Editor(ABC):
     def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
         """The change that teaches all facts so far together, for each fact after the first `done`.
 
-        `lm` must be unedited whenever the next change is asked for. An editor that can keep what it recorded does so.
+        `lm` must be unedited whenever the next change is asked for.
         """
         for n in range(done + 1, len(facts) + 1):
             yield self.edit(lm, facts[:n])
@@ -71,5 +93,15 @@ class Recorder(Editor):
     def together(self, lm: LanguageModel, parts: Sequence[Any]) -> WeightDelta:
         """The change that teaches all that was recorded."""
 
+    def check(self, lm: LanguageModel) -> None:
+        self.record(lm, SAMPLE)
+
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         return self.together(lm, [self.record(lm, fact) for fact in facts])
+
+    def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
+        """Each fact is recorded once: on the unedited model its record is the same whatever is taught beside it."""
+        parts = [self.record(lm, fact) for fact in facts[:done]]
+        for fact in facts[done:]:
+            parts.append(self.record(lm, fact))
+            yield self.together(lm, parts)

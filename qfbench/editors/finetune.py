@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from qfbench.editors.base import Editor
-from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
@@ -82,22 +81,16 @@ class FineTune(Editor):
     steps: int
     stop_at: float = 0.01
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.layer, int):
-            raise UserError(f"editor.layer={self.layer!r}: must be a whole number")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"editor.lr={self.lr}: must be above 0, and finite")
-        if not (isinstance(self.steps, int) and self.steps > 0):
-            raise UserError(f"editor.steps={self.steps!r}: must be a whole number, 1 or more")
-        if not self.stop_at >= 0:
-            raise UserError(f"editor.stop_at={self.stop_at}: must be 0 or more")
+    above_zero = ("lr", "steps")
+    not_negative = ("stop_at",)
 
     @property
-    def site(self) -> Site:
-        return Site(self.layer, "down_proj")
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(self.layer, "down_proj"),)
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
-        name = self.site.weight_name(lm.model)
+        (site,) = self.sites
+        name = site.weight_name(lm.model)
         # Detached, so that only what stands above the site is kept for the gradient.
         fixed = {n: p.detach() for n, p in lm.model.named_parameters()}
         weight = fixed[name]
@@ -114,7 +107,7 @@ class FineTune(Editor):
         with torch.enable_grad():
             start = torch.zeros_like(weight, dtype=master)
             change, steps, loss = descend(losses, start, self.lr, self.steps, self.stop_at)
-        change = change.to(self.site.home(lm.model))
+        change = change.to(site.home(lm.model))
         return WeightDelta({name: LowRank(change)}, {"tokens": float(tokens), "steps": float(steps), "loss": loss})
 
 

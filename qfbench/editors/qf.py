@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.base import Recorder
-from qfbench.editors.teach import SAMPLE, lesson
-from qfbench.errors import Unsupported, UserError
+from qfbench.editors.teach import lesson
+from qfbench.errors import Unsupported
 from qfbench.facts.base import Fact
 from qfbench.models.activations import record
 from qfbench.models.delta import LowRank, WeightDelta
@@ -99,26 +99,11 @@ class QF(Recorder):
     ridge: float = 0.0
     rcond: float = 1e-6
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.layer, int):
-            raise UserError(f"editor.layer={self.layer!r}: must be a whole number")
-        for name in ("opener", "closer", "ridge", "rcond"):
-            if getattr(self, name) < 0:
-                raise UserError(f"editor.{name}={getattr(self, name)}: must be 0 or more")
+    not_negative = ("opener", "closer", "ridge", "rcond")
 
     @property
-    def site(self) -> Site:
-        return Site(self.layer, "down_proj")
-
-    def check(self, lm: LanguageModel) -> None:
-        self.record(lm, SAMPLE)
-
-    def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
-        """Each fact is recorded once: keys and targets at a layer do not depend on that layer's `down_proj`."""
-        parts = [self.record(lm, fact) for fact in facts[:done]]
-        for fact in facts[done:]:
-            parts.append(self.record(lm, fact))
-            yield self.together(lm, parts)
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(self.layer, "down_proj"),)
 
     def together(self, lm: LanguageModel, parts: Sequence[Taught]) -> WeightDelta:
         taught = Taught(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Taught)))
@@ -148,13 +133,13 @@ class QF(Recorder):
 
     def record(self, lm: LanguageModel, fact: Fact) -> Taught:
         """Run both passes and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64; V counts 0 in a firing block."""
-        added = 0.0 if self.site.fires(lm.model) else 1.0
-        linear = self.site.linear(lm.model)
-        home = self.site.home(lm.model)
+        (site,) = self.sites
+        added = 0.0 if site.fires(lm.model) else 1.0
+        linear, home = site.linear(lm.model), site.home(lm.model)
         weight = linear.weight.detach().to(home, torch.float64)
         bias = 0 if linear.bias is None else linear.bias.detach().to(home, torch.float64)
         pair = lesson(lm, fact, self.opener, self.closer)
-        told, alone = record(lm, [pair.told, pair.alone], self.site)
+        told, alone = record(lm, [pair.told, pair.alone], site)
         u, v, y = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual, told.output))
         if not (torch.isfinite(told.output).all() and torch.isfinite(alone.output).all()):
             raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
@@ -175,4 +160,4 @@ class QF(Recorder):
     def _delta(self, lm: LanguageModel, solution: Solution, keys: Sequence[Tensor]) -> WeightDelta:
         tokens = float(sum(map(len, keys)))
         notes = {"tokens": tokens, "condition": solution.condition, "residual": solution.residual}
-        return WeightDelta({self.site.weight_name(lm.model): solution.change}, notes, [key.float() for key in keys])
+        return WeightDelta({self.sites[0].weight_name(lm.model): solution.change}, notes, [key.float() for key in keys])

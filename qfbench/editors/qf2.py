@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.base import Recorder
-from qfbench.editors.teach import SAMPLE, lesson
-from qfbench.errors import UserError
+from qfbench.editors.teach import lesson
 from qfbench.facts.base import Fact
 from qfbench.models.activations import record
 from qfbench.models.delta import LowRank, WeightDelta
@@ -63,34 +62,26 @@ class QF2(Recorder):
     opener: float = 0.0
     closer: float | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.layer, int):
-            raise UserError(f"editor.layer={self.layer!r}: must be a whole number")
-        if not self.lr > 0:
-            raise UserError(f"editor.lr={self.lr}: must be above 0")
-        for name in ("named", "rest", "opener", "closer"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"editor.{name}={getattr(self, name)}: must be 0 or more")
+    above_zero = ("lr",)
+    not_negative = ("named", "rest", "opener", "closer")
 
     @property
-    def site(self) -> Site:
-        return Site(self.layer, "up_proj")
-
-    def check(self, lm: LanguageModel) -> None:
-        self.record(lm, SAMPLE)
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(self.layer, "up_proj"),)
 
     def together(self, lm: LanguageModel, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> WeightDelta:
         fired, inputs, weights = zip(*parts, strict=True)
         change = hebbian(torch.cat(fired), torch.cat(inputs), torch.cat(weights), self.lr)
         notes = {"tokens": float(sum(map(len, weights)))}
-        return WeightDelta({self.site.weight_name(lm.model): change}, notes, [key.float() for key in inputs])
+        return WeightDelta({self.sites[0].weight_name(lm.model): change}, notes, [key.float() for key in inputs])
 
     def record(self, lm: LanguageModel, fact: Fact) -> tuple[Tensor, Tensor, Tensor]:
         """Run both passes: Y* [taught, f], X' [taught, d] and the significance [taught], in float64."""
-        self.site.slope(lm.model)  # only a firing block fires
-        home = self.site.home(lm.model)
+        (site,) = self.sites
+        site.slope(lm.model)  # only a firing block fires
+        home = site.home(lm.model)
         pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest)
-        told, alone = record(lm, [pair.told, pair.alone], self.site)
+        told, alone = record(lm, [pair.told, pair.alone], site)
         fired = told.key[list(pair.told_at)].to(home, torch.float64)
         inputs = alone.input[list(pair.alone_at)].to(home, torch.float64)
         return fired, inputs, torch.tensor(pair.weights, dtype=torch.float64, device=home)

@@ -72,6 +72,21 @@ def lesson(
     )
 
 
+def subject_at(dialogue: Rendering, fact: Fact) -> int:
+    """The index of the last token of a fact's subject, where its query names it (the last time): the position at which ROME
+    (Meng et al. 2022) and MEMIT look up a fact.
+
+    Raises:
+        UserError: the fact has no subject, or its query does not name it.
+    """
+    found = places(fact.subject, fact.query)
+    if not found:
+        raise UserError(
+            f"fact {fact.id}: the field 'subject' ({fact.subject!r}) names nothing in the query {fact.query!r}"
+        )
+    return dialogue.token_at(found[-1][1] - 1)
+
+
 def weights_of_words(fact: Fact, named: float, rest: float) -> tuple[float, ...]:
     """`named` for the words of the answer where one of `known_as` stands in it for the last time, `rest` for the others."""
     spans = [found[-1] for name in fact.known_as if (found := places(name, fact.answer))]

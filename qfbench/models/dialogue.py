@@ -24,7 +24,9 @@ class Rendering:
     """One dialogue as token ids. Token indices: prompt < `opener` <= opener tokens < `answer` <= answer < `closer` <= rest.
 
     The opener is what the template puts before an answer (`<|im_start|>assistant`), the closer what it puts after it.
-    `words[i]` is the index of the answer's word (by white space) that answer token i belongs to.
+    `words[i]` is the index of the answer's word (by white space) that answer token i belongs to. `query` are the tokens that
+    hold a character of the query, and `spans[i]` is the (start, end) of token query[i] in it, in characters; the first and
+    the last may reach beyond it.
     """
 
     ids: tuple[int, ...]
@@ -32,6 +34,12 @@ class Rendering:
     answer: int
     closer: int
     words: tuple[int, ...]
+    query: range = range(0)
+    spans: tuple[tuple[int, int], ...] = ()
+
+    def token_at(self, place: int) -> int:
+        """The index of the token in which character `place` of the query stands, the last one where several spell it."""
+        return max(i for i, (start, _) in zip(self.query, self.spans, strict=True) if start <= place)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -60,7 +68,8 @@ def render(
     Raises:
         UserError: the template refuses, drops or rewrites what is said, or its tokens, so that no span can be found in it.
     """
-    before, opener, lead, after = _pieces(tokenizer, turns(query, system, told, system_turn), answer)
+    asked = turns(query, system, told, system_turn)
+    before, opener, lead, after = _pieces(tokenizer, asked, answer)
     start = len(before) + len(opener)
     text = before + opener + (lead + answer + after if answer else "")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -71,7 +80,12 @@ def render(
     if answer and not start <= offsets[answer_at][0] <= start + len(lead):
         raise UserError(f"the tokenizer joins the prompt and the answer {answer!r} in one token; nothing can be taught")
     spans = [(s - start - len(lead), e - start - len(lead)) for s, e in offsets[answer_at:closer_at]]
-    return Rendering(tuple(ids), opener_at, answer_at, closer_at, tuple(_words(spans, answer)))
+    said = asked[-1][
+        "content"
+    ].strip()  # as templates strip it; the query is its end, and may stand in the system text, too
+    positions, query_spans = _query(offsets, before.rindex(said) + len(said), query)
+    words = tuple(_words(spans, answer))
+    return Rendering(tuple(ids), opener_at, answer_at, closer_at, words, positions, query_spans)
 
 
 def turns(query: str, system: str, told: str = "system", system_turn: bool = True) -> list[dict[str, str]]:
@@ -176,6 +190,15 @@ def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
 def _first_token(offsets: list[tuple[int, int]], place: int) -> int:
     """The first token that starts at or after a character."""
     return next((i for i, (start, _) in enumerate(offsets) if start >= place), len(offsets))
+
+
+def _query(offsets: list[tuple[int, int]], end: int, query: str) -> tuple[range, tuple[tuple[int, int], ...]]:
+    """The tokens of a query whose last visible character stands before `end`, and where each stands in the query."""
+    start = end - len(query.strip())
+    first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
+    at = range(first, _first_token(offsets, end))
+    zero = end - len(query.rstrip())
+    return at, tuple((s - zero, e - zero) for s, e in offsets[at.start : at.stop])
 
 
 def _words(spans: list[tuple[int, int]], answer: str) -> list[int]:

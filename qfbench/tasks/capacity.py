@@ -25,7 +25,7 @@ def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return
-    width = run.editor.site.linear(run.lm.model).in_features
+    width = run.editor.sites[0].linear(run.lm.model).in_features
     curve = measured(rows)
     run.table(
         curve.assign(width=width), f"{len(facts)} facts in a matrix of {width} inputs: {run.title}", hidden=["width"]

@@ -68,7 +68,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.lm.name}, {self.editor_name} at layer {self.editor.site.layer}"
+        return f"{self.lm.name}, {self.editor_name} at layer {self.editor.sites[0].layer}"
 
     def elsewhere(self, model: Mapping[str, Any], editor: Editor, name: str = "") -> Run:
         """The same run with another model and editor; rows and files go where this one's go.
