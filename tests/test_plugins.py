@@ -1,7 +1,9 @@
 """Plug-ins from outside of the repository: what docs/plugins.md shows works as it is shown; so does an installed package."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from test_command import command  # noqa: F401 (a fixture)
 
+import qfbench
 from qfbench import UserError
 from qfbench.commands import facts, plugins
 
@@ -16,7 +19,17 @@ PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="u
 FILES = dict(re.findall(r"^`(mine/\S+)`:\n\n```\w+\n(.*?)```", PAGE, re.M | re.S))
 (LINE,) = re.findall(r"```bash\nqfbench (.*?)\n```", PAGE)
 (TABLE,) = re.findall(r"```text\n(.*?)```", PAGE, re.S)
-QUICK = ("regime=[single]", "task.retention.placebo=0", "threads=1", "cache=null")
+SWEPT = (
+    "experiment=retention",
+    "model=world-xs",
+    "facts.n=1",
+    "regression=[none]",
+    "regime=[single]",
+    "task.retention.placebo=0",
+    "threads=1",
+    "cache=null",
+    "hydra.sweep.dir=sweep",
+)
 
 
 @pytest.fixture
@@ -45,36 +58,28 @@ def test_what_the_page_shows_is_printed(mine, command):  # noqa: F811
 
 
 def test_plug_ins_are_listed_and_swept(mine, command, tmp_path):  # noqa: F811
-    shown = {"descent": [("--config-dir", "mine", "--help"), ("--help", "--config-dir=mine/conf")]}
-    for name, lines in shown.items():
-        assert all(name in command(*line)[1] for line in lines)
-        assert name not in command("--help")[1]
-    sweep = (
-        "experiment=retention",
-        "model=world-xs",
-        "facts.n=1",
-        "regression=[none]",
-        "hydra.sweep.dir=sweep",
-        *QUICK,
-    )
-    code, _, err = command("-cd", "mine", "-m", "editor=descent", "editor.layer=1,2", *sweep)
+    for line in (("--config-dir", "mine", "--help"), ("--help", "--config-dir=mine/conf")):
+        assert "descent" in command(*line)[1]
+    assert "descent" not in command("--help")[1]
+    code, _, err = command("-cd", "mine", "-m", "editor=descent", "editor.layer=1,2", *SWEPT)
     assert (code, err) == (0, "")
     assert len(list((tmp_path / "sweep").glob("world-xs-descent-*/rows.parquet"))) == 2
 
 
 @pytest.mark.slow
-def test_a_plug_in_is_found_by_the_processes_of_joblib(mine, command, tmp_path):  # noqa: F811
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    sweep = (
-        "experiment=retention",
-        "model=world-xs",
-        "facts.n=1",
-        "regression=[none]",
-        "hydra.sweep.dir=sweep",
-        *QUICK,
+@pytest.mark.parametrize("launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]])
+def test_a_plug_in_is_found_by_the_processes_of_a_launcher(mine, tmp_path, launcher):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher" if launcher[0] == "joblib" else "submitit")
+    line = ["--config-dir", "mine", "-m", "editor=descent", "editor.layer=1,2", *SWEPT, f"hydra/launcher={launcher[0]}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qfbench.commands.run", *line, *launcher[1:]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(qfbench.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    parallel = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    assert command("--config-dir", "mine", "-m", "editor=descent", "editor.layer=1,2", *sweep, *parallel)[0] == 0
+    assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "sweep").glob("world-xs-descent-*/rows.parquet"))) == 2
 
 
@@ -117,7 +122,7 @@ def test_an_installed_package_is_found_by_its_entry_point(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("given", [["--config-dir", "none"], ["--config-dir"], ["-cd=none"]])
-def test_a_folder_that_is_not_there_is_one_line_and_exit_2(command, given, monkeypatch, capsys):  # noqa: F811
+def test_a_folder_that_is_not_there_is_one_line_and_exit_2(command, given):  # noqa: F811
     code, out, err = command(*given)
     assert (code, out) == (2, "")
     assert err.startswith("qfbench: --config-dir ")
