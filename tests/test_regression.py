@@ -138,13 +138,13 @@ def test_without_a_suite_nothing_of_it_is_asked(tmp_path):
 
 def test_the_unedited_model_is_asked_once_per_suite_and_model(tmp_path):
     run, suite = prepared(tmp_path), Known()
-    run.cache, run.regression, run.protocol = tmp_path / "kept", {"text": suite}, {"model_hash": "a"}
+    run = replace(run, cache=tmp_path / "kept", regression={"text": suite}, protocol={"model_hash": "a"})
     first = list(run.general(unedited=True))
     assert first == list(run.general(unedited=True)) == [*({**row, "suite": "text"} for row in Known()(run.lm))]
     assert suite.asked == 1
     list(run.general())
     assert suite.asked == 2  # the edited model always is
-    run.protocol = {"model_hash": "b"}
+    run = replace(run, protocol={"model_hash": "b"})
     list(run.general(unedited=True))
     assert suite.asked == 3
     suite.fingerprint = "other"

@@ -88,7 +88,9 @@ def test_a_trial_is_worth_what_stays_of_taught_and_of_prior_knowledge(tmp_path, 
 def value_of(cfg, folder, monkeypatch):
     """What one job of a multirun returns."""
     job = SimpleNamespace(
-        runtime=SimpleNamespace(output_dir=str(folder), choices={"experiment": "tune", "model": "own"})
+        runtime=SimpleNamespace(
+            output_dir=str(folder), choices={"experiment": "tune", "model": "own"}, config_sources=[]
+        )
     )
     job.mode, job.sweep = RunMode.MULTIRUN, SimpleNamespace(dir=str(folder.parent))
     job.overrides = SimpleNamespace(task=["editor.layer=9"])
