@@ -98,6 +98,7 @@ WRONG = {
     ("seed=9999999999999999999999",): "seed=9999999999999999999999: must be 0 to",
     ("regime=[]",): "regime=[]: choose at least one",
     ("editor.ridge=nan",): "editor.ridge=nan: must be a finite number",
+    ("editor=finetune", "editor.lr=1e300"): "editor.lr=1e+300: must be 1e37 or less",
     ("threads=99999",): "threads=99999: must be 0 to 256",
     ("model=world-s", "model.path=/none"): "give model=own",
     ("model.path=/none",): "/none: no such model",

@@ -71,7 +71,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
             return 0.0
         failure = str(error)
     except (UserError, OSError, OmegaConfBaseException) as error:
-        failure = str(error)
+        failure = " ".join(str(error).split())
     except Exception as error:
         traceback.print_exc()
         failure = f"{type(error).__name__}, which is a fault of qfbench or of a library: please report it, with what stands above"

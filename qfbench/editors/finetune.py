@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from qfbench.editors.base import Editor
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
@@ -83,6 +84,11 @@ class FineTune(Editor):
 
     above_zero = ("lr", "steps")
     not_negative = ("stop_at",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr > 1e37:  # Adam's first step is ten times that, as a float32
+            raise UserError(f"editor.lr={self.lr}: must be 1e37 or less")
 
     @property
     def sites(self) -> tuple[Site, ...]:
