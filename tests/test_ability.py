@@ -142,7 +142,7 @@ def test_what_an_unedited_model_answered_is_not_asked_again(data, tmp_path, monk
         calls.clear()
         finished, _ = run(tmp_path / place, data, f"cache={tmp_path / 'kept'}", setting)
         unedited = finished.lm.weights_hash()
-        rows.append((calls.count(unedited), len(calls) > 2, finished.rows("retention")))
+        rows.append((calls.count(unedited), len(calls) > 2, finished.store.frame()))
     assert [(again, edited) for again, edited, _ in rows] == [(2, True), (0, True), (1, True)]
     first, second = (frame[(frame.condition == "unedited") & (frame.kind == "question")] for _, _, frame in rows[:2])
     assert_frame_equal(*(frame.dropna(axis=1).drop(columns="run_id") for frame in (first, second)))
