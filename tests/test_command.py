@@ -163,6 +163,12 @@ def test_a_refused_command_leaves_a_finished_run_as_it_was(command, tmp_path):
     assert code == 2
     assert "holds a run with other settings" in err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    held = "regression=[perplexity]", "regression.perplexity.path=/none.txt"
+    late = [["rerun=true", *held], ["rerun=true", "editor.layer=9"], ["rerun=true", "task.retention.every=a"]]
+    for wrong in late:  # what may empty the folder comes after all that may be refused
+        own = [word for word in SMALL if not (held[0] in wrong and word.startswith("regression"))]
+        assert command(*own, *wrong, "hydra.run.dir=run")[0] == 2
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert "measured already" in command(*SMALL, "hydra.run.dir=run")[1]
 
 

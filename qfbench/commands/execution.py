@@ -50,6 +50,8 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         lm = context.load(cfg.model)
         editor.check(lm)  # what cannot be edited, or asked, is refused before anything is touched
         check_lengths(lm, facts)
+        tasks = build(cfg, "task")
+        regression = build(cfg, "regression") if cfg.rerun else {}  # elsewhere later: a finished run needs none
         where, damaged = escape(os.path.relpath(folder)), check_folder(cfg, folder, facts)
         if damaged:
             text = f"{folder}: damaged: {damaged}; kept as NAME.damaged, and measured again"
@@ -66,7 +68,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         if store.finished:
             show(folder, console, brief)
             return None
-        regression = build(cfg, "regression")
+        regression = regression or build(cfg, "regression")
         known["overrides"] = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
         known["regression"] = {name: suite.fingerprint for name, suite in regression.items()}
         check_questions(folder, known["regression"])
@@ -92,7 +94,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
             console.print(f"going on in [bold]{where}[/bold] after {len(store.earlier)} rows", soft_wrap=True)
         with mirror.of(about(run, cfg, known)):
             try:
-                for name, task in build(cfg, "task").items():
+                for name, task in tasks.items():
                     run = replace(run, task=name)
                     if name not in store.tasks:
                         task(run)
