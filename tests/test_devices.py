@@ -49,10 +49,16 @@ def test_a_spread_model_says_and_scores_the_same(pair):
     prompts = [lm.render(query) for query in ("Who?", "Who started Oxinnovate?")]
     assert lm.replies(prompts) == plain.replies(prompts)
     answered = [lm.render("Who?", answer="It is Qi."), lm.render("Who started Oxinnovate?", answer="Qi.")]
-    assert lm.score(answered) == plain.score(answered)
-    assert lm.nll(["Qi started Oxinnovate."]) == plain.nll(["Qi started Oxinnovate."])
+    for here, there in zip(lm.score(answered), plain.score(answered), strict=True):  # only one of them is cut
+        assert here.nll == pytest.approx(there.nll, rel=1e-5)
+        assert here.hit == there.hit
+    (here,), (there,) = (each.nll(["Qi started Oxinnovate."]) for each in (lm, plain))
+    assert here == pytest.approx(there, rel=1e-5)
     questions = world_mc(limit=1)
-    assert questions(lm) == questions(plain)
+    for here, there in zip(questions(lm), questions(plain), strict=True):
+        assert here.pop("logprobs") == pytest.approx(there.pop("logprobs"), rel=1e-5)
+        assert here.pop("gold_logprob") == pytest.approx(there.pop("gold_logprob"), rel=1e-5)
+        assert here == there
 
 
 @pytest.mark.parametrize("pair", ["cpu", "two"], indirect=True)

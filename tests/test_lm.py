@@ -14,6 +14,8 @@ from qfbench.models.activations import record
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import Reply
 from qfbench.models.sites import Site
+from qfbench.models.suffix import Question, _walk
+from qfbench.models.whole import Whole
 from qfbench.tasks.convert import batch
 
 QUERIES = ["Who?", "Who started Oxinnovate?", "Where is Łódź?", "Is it 1984 or 2001, and why?", "Tell me a story", "?"]
@@ -147,8 +149,7 @@ def test_a_turn_ends_at_the_closer_of_the_template_and_at_the_end_of_text(tiny, 
 
 
 def scripted(lm, *scripts):
-    """The same model, made to say these tokens: the first script in the first row of a batch, and so on."""
-    lm = replace(lm, batch_size=len(scripts))
+    """What the model replies, made to say these tokens: the first script in the first row of a batch, and so on."""
     said = iter(range(1000))
 
     def forward(input_ids, **_):
@@ -159,7 +160,16 @@ def scripted(lm, *scripts):
         return SimpleNamespace(logits=logits)
 
     lm.model.forward = forward
-    return lm
+    whole = Whole(lm.model, lm.ending).answer([Question((0,))] * len(scripts))
+    # The same as drafts: each script is a branch of its own, said token by token.
+    walks = []
+    for script in scripts:
+        long = [*script, *[script[-1]] * lm.max_new_tokens]
+        path, ended = _walk([[long[0]], long], [tuple(long[:-1])], lm.ending)
+        walks.append((tuple(path), ended))
+    assert walks == [(answer.said, answer.ended) for answer in whole]
+    texts = lm.tokenizer.batch_decode([list(answer.said) for answer in whole], skip_special_tokens=True)
+    return [Reply(text.strip(), answer.ended) for text, answer in zip(texts, whole, strict=True)]
 
 
 def token(lm, text):
@@ -178,28 +188,26 @@ def test_a_plain_turn_ends_at_any_token_that_holds_a_line_break_and_keeps_its_te
         ([is_, stop, colon, is_, both], Reply("is.: is.", True)),
         ([is_, stop], Reply("is" + "." * (plain.max_new_tokens - 1), False)),
     ]
-    prompts = [plain.render("Who?")] * len(says)
-    assert scripted(plain, *(script for script, _ in says)).replies(prompts) == [reply for _, reply in says]
+    assert scripted(plain, *(script for script, _ in says)) == [reply for _, reply in says]
 
 
 def test_a_token_declared_to_end_a_plain_turn_is_no_part_of_it(plain):
     is_, declared = token(plain, " is"), token(plain, ":")
     plain.model.generation_config.eos_token_id = [declared]
-    assert scripted(plain, [is_, declared, is_]).replies([plain.render("Who?")]) == [Reply("is", True)]
+    assert scripted(plain, [is_, declared, is_]) == [Reply("is", True)]
 
 
 def test_a_line_break_ends_no_turn_where_a_template_does(tiny):
     lm = tiny("qwen2")
     is_, both, end = token(lm, " is"), token(lm, ".\n"), token(lm, "<|im_end|>")
-    assert scripted(lm, [is_, both, is_, end, is_]).replies([lm.render("Who?")]) == [Reply("is.\n is", True)]
+    assert scripted(lm, [is_, both, is_, end, is_]) == [Reply("is.\n is", True)]
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 @pytest.mark.parametrize("answer", ["It was Qi.", "Yes", "Need more information.", "Is it? (Mostly.)"])
 def test_to_say_a_reply_and_no_more_is_to_give_the_answer(tiny, tokenizer, plain_tokenizer, template, answer):
     lm = replace(tiny("qwen2"), tokenizer=plain_tokenizer if template == "plain" else tokenizer, max_new_tokens=20)
-    prompt = lm.render("Who?")
-    (reply,) = scripted(lm, lm.render("Who?", "", answer).reply).replies([prompt])
+    (reply,) = scripted(lm, lm.render("Who?", "", answer).reply)
     assert reply == Reply(answer, True)
 
 

@@ -15,10 +15,13 @@ ANSWER = "It was started by Qi."
 
 
 class Scripted(LanguageModel):
-    """Has one score and one reply ready for each query, and notes which of them it had to decode."""
+    """Has one score and one reply ready for each query."""
 
     def __init__(self, **script: tuple[Score, Reply]) -> None:
-        self.script, self.decoded = script, []
+        self.script = script
+
+    def answer(self, prompts, rated, at_once=None):
+        return self.replies(prompts), self.score(rated)
 
     def render(self, query, system="", answer=""):
         return query
@@ -27,7 +30,6 @@ class Scripted(LanguageModel):
         return [self.script[query][0] for query in dialogues]
 
     def replies(self, prompts):
-        self.decoded += prompts
         return [self.script[query][1] for query in prompts]
 
 
@@ -66,11 +68,10 @@ def test_forced_and_nll_are_means_over_all_tokens_the_end_of_the_turn_included(h
     assert (row["forced"], row["nll"], row["exact"]) == (forced, mean, exact)
 
 
-def test_only_a_reply_that_is_exact_to_its_end_goes_undecoded_and_all_stay_in_order():
+def test_only_a_reply_that_is_exact_to_its_end_is_the_reference_and_all_stay_in_order():
     hits = {"first": [1, 0, 0], "all": [1, 1, 1], "but_last": [1, 1, 0], "none": [0, 0, 0]}
     lm = Scripted(**{name: (score(hit), Reply(f"{name}, decoded", True)) for name, hit in hits.items()})
     rows = ask(lm, [Probe("edit", name, ANSWER) for name in hits])
-    assert lm.decoded == ["first", "but_last", "none"]
     assert [r["reply"] for r in rows] == ["first, decoded", ANSWER, "but_last, decoded", "none, decoded"]
     assert [r["generated"] for r in rows] == [False, True, False, False]
     assert [r["query"] for r in rows] == list(hits)
@@ -127,6 +128,9 @@ class Rated(LanguageModel):
 
     def render(self, query, system="", answer=""):
         return query, answer
+
+    def answer(self, prompts, rated, at_once=None):
+        return self.replies(prompts), self.score(rated)
 
     def score(self, dialogues):
         return [Score(tuple(self.nll[answer]), (False,) * len(self.nll[answer])) for _, answer in dialogues]

@@ -13,6 +13,7 @@ from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qfbench import LanguageModel, Unsupported, UserError
+from qfbench.models import whole
 from qfbench.models.firing import FiringLayer, with_firing_layers
 from qfbench.tasks import run as running
 from qfbench.tasks.convert import batch, text_loss
@@ -27,7 +28,7 @@ TEXTS = (FOUNDER, REFUSED, PLAIN)
 def padded(lm):
     """Three rows of unlike length, padded at the left, as model arguments."""
     rows = [lm.render(d.query, d.system).ids for d in (FOUNDER, REFUSED)] + [(5, 6, 7)]
-    ids, mask = lm._padded(rows, side="left")
+    ids, mask = whole.padded(rows, "left", lm.device)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 

@@ -6,6 +6,7 @@ from qfbench import Unsupported, UserError
 from qfbench.models.activations import reading, record
 from qfbench.models.dialogue import Rendering
 from qfbench.models.sites import Site
+from qfbench.models.suffix import cache_argument
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_recorded_equals_read_while_decoding_token_by_token(tiny, arch, dialogue
         cache = DynamicCache(config=lm.model.config)
         with reading(lm, site) as seen, torch.no_grad():
             for token in dialogue.ids:
-                lm.model(input_ids=torch.tensor([[token]]), **{lm.cache_argument: cache})
+                lm.model(input_ids=torch.tensor([[token]]), **{cache_argument(lm.model.forward): cache})
         for name in ("key", "residual"):
             stepwise, whole = torch.cat(seen[name], 1)[0], getattr(recorded, name)
             torch.testing.assert_close(whole, stepwise, rtol=1e-4, atol=1e-5)

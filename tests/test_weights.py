@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config
 from qfbench import LanguageModel, UserError
 from qfbench.models import difference
 from qfbench.models.firing import with_firing_layers
-from qfbench.models.lm import firing_layers
+from qfbench.models.loading import firing_layers
 from qfbench.models.weights import check_device
 
 load = partial(LanguageModel.load, device="cpu")

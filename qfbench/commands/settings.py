@@ -225,7 +225,7 @@ def _model_config(path: str) -> Any:
     from transformers import AutoConfig
 
     import qfbench.models.firing  # noqa: F401 (which makes models that fire known)
-    from qfbench.models.lm import find
+    from qfbench.models.loading import find
 
     try:
         return AutoConfig.from_pretrained(find(path), trust_remote_code=False).get_text_config()

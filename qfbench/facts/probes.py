@@ -56,20 +56,18 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
     `nll` (nats per token of the reference reply); the last two are NaN where a probe has no reference. Where a probe says so,
     `preferred` (the first of its two replies has fewer nats per token) and `gold` (of a probe whose reference is the model's
     own reply: what the suite holds to be true stands in the reply); None elsewhere.
-    A reply that is exact needs no decoding: one teacher-forced pass decides it.
+    A reply that is exact is the reference, to the letter.
     """
     dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
     pairs = [lm.render(p.query, p.system, reply) for p in probes for reply in p.prefer or ()]
     once = list(dict.fromkeys(dialogues + pairs))  # a reference is often one of the two replies
-    by_dialogue = dict(zip(once, lm.score(once), strict=True))
+    replies, rated = lm.answer(dialogues, once)
+    by_dialogue = dict(zip(once, rated, strict=True))
     compared = iter([sum(by_dialogue[d].nll) / len(by_dialogue[d].nll) for d in pairs])
     scores = [by_dialogue[d] for d in dialogues]
-    replies = {i: Reply(p.expected, True) for i, p in enumerate(probes) if p.expected and scores[i].exact}
-    rest = [i for i in range(len(probes)) if i not in replies]
-    replies |= dict(zip(rest, lm.replies([dialogues[i] for i in rest]), strict=True))
     rows = []
     for i, (probe, score) in enumerate(zip(probes, scores, strict=True)):
-        reply = replies[i]
+        reply = Reply(probe.expected, True) if probe.expected and score.exact else replies[i]
         rows.append(
             {
                 "kind": probe.kind,

@@ -114,13 +114,18 @@ class WeightDelta:
         parameters = dict(lm.model.named_parameters())
         written = {name: _sum(parameters, name, change) for name, change in self.changes.items()}
         saved = {name: parameters[name].detach().clone() for name in written}
+        before = list(lm.changed)
         try:
-            for name, tensor in written.items():
-                parameters[name].data.copy_(tensor)
+            lm.changed.extend(written)
+            with torch.no_grad():  # not through `.data`, which would hide the change from the weight's version
+                for name, tensor in written.items():
+                    parameters[name].copy_(tensor)
             yield lm
         finally:
-            for name, tensor in saved.items():
-                parameters[name].data.copy_(tensor)
+            lm.changed[:] = before
+            with torch.no_grad():
+                for name, tensor in saved.items():
+                    parameters[name].copy_(tensor)
 
     def rounding_loss(self, lm: LanguageModel) -> float:
         """How much of the change is lost when written in the model's dtype: ‖written − wanted‖ / ‖wanted‖, 0 to 1 or so."""

@@ -1,36 +1,28 @@
-"""A language model with its tokenizer: loading, greedy replies, and scores of given replies, batched."""
+"""A language model with its tokenizer: greedy replies, and scores of given replies, batched."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qfbench.errors import UserError
-from qfbench.models import difference
-from qfbench.models.dialogue import Rendering, chosen, dated, render, settled
-from qfbench.models.firing import with_firing_layers
-from qfbench.models.weights import (
-    check_device,
-    first_line,
-    load_weights,
-    quiet,
-    refuse_not_finite,
-    refuse_offloaded,
-    refuse_recurrent,
-)
+from qfbench.models import loading, suffix
+from qfbench.models.dialogue import Rendering, render
+from qfbench.models.suffix import Answer, Ending, Question, States, Suffix, Tokens
+from qfbench.models.weights import refuse_offloaded, refuse_recurrent
+from qfbench.models.whole import Whole
 
-BUILT_IN = Path(__file__).parents[1] / "world" / "models"
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in the name of a weight
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,8 @@ class LanguageModel:
     told: str = "system"
     system_turn: bool = True
     template: str | None = None  # the name of its chat template, where one was asked for
+    changed: list[str] = field(default_factory=list)  # weights that hold a change now (`WeightDelta.applied_to`)
+    states: States = field(default_factory=States, repr=False)  # of the layers below the changed ones
 
     def __post_init__(self) -> None:
         refuse_offloaded(self.model, self.name)
@@ -106,55 +100,9 @@ class LanguageModel:
             raise UserError(
                 f"model.batch_size={batch_size} and model.max_new_tokens={max_new_tokens} must be whole numbers, 1 or more"
             )
-        source = find(str(name))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        spread = device == "balanced"
-        if not spread:
-            check_device(device)
-        if dtype == "auto":
-            on_cuda = torch.cuda.is_available() if spread else device.startswith("cuda")
-            dtype = "bfloat16" if on_cuda else "float32"
-        if dtype not in tuple(FLOATS):
-            raise UserError(f"model.dtype={dtype}: a model runs in one of auto, {', '.join(FLOATS)}")
-        fires = () if firing is None else firing_layers(firing)
-        if plain and template is not None:
-            raise UserError(
-                f"model.template={template}: with model.plain=true there is no chat template; leave one of them out"
-            )
-        try:
-            with quiet():
-                base = difference.base_of(source)
-                whole = find(base) if base else source
-                if Path(whole).is_dir() and not [*Path(whole).glob("tokenizer*"), *Path(whole).glob("vocab*")]:
-                    raise UserError("the folder has no tokenizer (tokenizer.json); copy the model's own into it")
-                tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=False)
-                if not tokenizer.is_fast:
-                    raise UserError(
-                        f"{name}: its tokenizer has no tokenizer.json, by which tokens are found in a text; make one"
-                    )
-                tokenizer.chat_template = (
-                    None if plain else dated(chosen(tokenizer.chat_template, template), datetime.now())
-                )
-                told, system_turn = settled(tokenizer, told)
-                model: Any = load_weights(whole, FLOATS[dtype], device if spread else None, fires)
-                if base:
-                    model = difference.apply(model, source)
-                if firing is not None:
-                    model = with_firing_layers(model, fires, firing["beta"])
-                model = (model if spread else model.to(device)).eval()
-        except UserError as error:
-            raise UserError(f"cannot load the model {source!r}: {error}") from error
-        except Exception as error:  # of transformers and what it reads with; files may be spoilt in any way
-            what = f"cannot load the model {source!r} on {device}"
-            if not Path(source).is_dir():
-                what += ", which is no folder here and was looked for on the hub"
-            if "trust_remote_code" in str(error):
-                what += ", since it wants code of its own to be run, which qfbench never does"
-            raise UserError(f"{what}: {first_line(error)}") from error
-        refuse_not_finite(model, str(name))
+        read = loading.load(str(name), device, dtype, firing, plain, template, told)
         return cls(
-            model.requires_grad_(False), tokenizer, str(name), batch_size, max_new_tokens, told, system_turn, template
+            read.model, read.tokenizer, str(name), batch_size, max_new_tokens, read.told, read.system_turn, template
         )
 
     @property
@@ -211,34 +159,77 @@ class LanguageModel:
         """The greedy reply to one query."""
         return self.replies([self.render(query, system)])[0].text
 
-    @torch.no_grad()
     def replies(self, prompts: Sequence[Rendering]) -> list[Reply]:
         """Greedy replies, in order. The model's own generation settings (sampling, penalties) are not used."""
-        self.check_lengths([r.prompt for r in prompts], self.max_new_tokens)
-        out: dict[int, Reply] = {}
-        for chunk in self._chunks([r.prompt for r in prompts]):
-            for i, reply in zip(chunk, self._decode([prompts[i].prompt for i in chunk]), strict=True):
-                out[i] = reply
-        return [out[i] for i in range(len(prompts))]
+        return self.answer(prompts, [])[0]
 
-    @torch.no_grad()
     def score(self, dialogues: Sequence[Rendering], at_once: int | None = None) -> list[Score]:
-        """Scores of the answers of complete dialogues, in order, by one teacher-forced pass."""
-        self.check_lengths([r.ids for r in dialogues])
-        out: dict[int, Score] = {}
-        for chunk in self._chunks([r.ids for r in dialogues], at_once):
-            rows = [dialogues[i] for i in chunk]
-            ids, _ = self._padded([r.ids for r in rows], side="right")
-            first = min(r.answer for r in rows) - 1
-            kept = list(range(first, ids.shape[1] - 1))  # no tensor: the head may be on another device
-            # Padding stands at the right of causal attention: no mask is needed.
-            logits = self._finite(self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits).float()
-            for row, (i, r) in enumerate(zip(chunk, rows, strict=True)):
-                wanted = torch.tensor(r.reply, device=self.device)
-                at = logits[row, r.answer - 1 - first :][: len(r.reply)].log_softmax(-1)
-                nll = -at.gather(1, wanted[:, None])[:, 0]
-                out[i] = Score(tuple(nll.tolist()), tuple((at.argmax(-1) == wanted).tolist()))
-        return [out[i] for i in range(len(dialogues))]
+        """Scores of the answers of complete dialogues, in order, by teacher-forced passes of up to `at_once` dialogues."""
+        return self.answer([], dialogues, at_once)[1]
+
+    def answer(
+        self, prompts: Sequence[Rendering], rated: Sequence[Rendering], at_once: int | None = None
+    ) -> tuple[list[Reply], list[Score]]:
+        """Greedy replies to the prompts of dialogues, and scores of the answers of complete dialogues, both in order.
+
+        Up to `at_once` (by default `batch_size`) prompts run together, those of like length; half as many where memory is
+        short. Where the model can be cut (`suffix.divides`), only the layers that changed and those above them are run.
+
+        Raises:
+            UserError: a dialogue is longer than the model has positions.
+            FloatingPointError: a logit is not finite.
+        """
+        self.check_lengths([r.prompt for r in prompts], self.max_new_tokens)
+        self.check_lengths([r.ids for r in rated])
+        questions: dict[Tokens, Question] = {r.prompt: Question(r.prompt) for r in prompts}
+        for r in rated:
+            asked = questions.get(r.prompt, Question(r.prompt, reply=False))
+            if r.reply not in asked.rated:
+                asked = replace(asked, rated=(*asked.rated, r.reply))
+            questions[r.prompt] = asked
+        answers = self._answers(sorted(questions.values(), key=lambda q: len(q.prompt)), at_once or self.batch_size)
+        said = [answers[r.prompt] for r in prompts]
+        texts = self.tokenizer.batch_decode([list(a.said) for a in said], skip_special_tokens=True) if said else []
+        scores = []
+        for r in rated:
+            nll, hit = answers[r.prompt].rated[questions[r.prompt].rated.index(r.reply)]
+            scores.append(Score(tuple(nll), tuple(hit)))
+        return [Reply(text.strip(), a.ended) for text, a in zip(texts, said, strict=True)], scores
+
+    def _answers(self, questions: Sequence[Question], size: int) -> dict[Tokens, Answer]:
+        longest = max((len(q.prompt) + sum(map(len, q.rated)) for q in questions), default=0) + self.max_new_tokens
+        way: Suffix | Whole
+        if suffix.divides(self.model, longest):
+            way = Suffix(self.model, self._lowest_change(), self.states, self.ending)
+        else:
+            way = Whole(self.model, self.ending)
+        answers: dict[Tokens, Answer] = {}
+        for at in range(0, len(questions), size):
+            batch = questions[at : at + size]
+            try:
+                answers |= dict(zip([q.prompt for q in batch], way.answer(batch), strict=True))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{self.name}: {error}") from error
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                torch.cuda.empty_cache()
+                answers |= self._answers(batch, (len(batch) + 1) // 2)
+        return answers
+
+    def _lowest_change(self) -> int:
+        """The lowest layer that holds a change now; 0 where none does, or something beside the layers."""
+        places = [LAYER.search(name) for name in self.changed]
+        return min((int(place[1]) if place else 0 for place in places), default=0)
+
+    def logits(self, rows: Sequence[Tokens], first: int) -> Float[Tensor, "rows tokens vocabulary"]:
+        """Logits at all positions from `first` on, of token sequences of one length, which may be padded at the right."""
+        if suffix.divides(self.model, len(rows[0])):
+            return Suffix(self.model, self._lowest_change(), self.states, self.ending).logits(rows, first)
+        ids = torch.tensor(rows, device=self.device)
+        with torch.no_grad():
+            out: Tensor = self.model(input_ids=ids, logits_to_keep=ids.shape[1] - first, use_cache=False).logits
+        return out
 
     def nll(self, texts: Sequence[str]) -> list[tuple[float, ...]]:
         """Of plain texts: the nats of each token but the first, given all before it."""
@@ -263,101 +254,17 @@ class LanguageModel:
             stops |= set(answered.ids[answered.closer : answered.closer + 1])
         return {i for i in stops if i is not None}
 
-    @cached_property
-    def cache_argument(self) -> str:
-        """What the forward pass calls its key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+    @property
+    def ending(self) -> Ending:
+        """How a greedy reply ends. A token that ends a line with text of its own (".\n") ends a plain turn, and belongs to it."""
+        spoken = self._line_ends if self.tokenizer.chat_template is None else frozenset()
+        return Ending(frozenset(self.stops()), spoken, self.max_new_tokens)
 
     @cached_property
     def _line_ends(self) -> frozenset[int]:
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         return frozenset(i for i, text in enumerate(texts) if "\n" in text)
 
-    def _decode(self, prompts: list[tuple[int, ...]]) -> list[Reply]:
-        stops, plain = self.stops(), self.tokenizer.chat_template is None
-        ids, mask = self._padded(prompts, side="left")
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        said: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        for _ in range(self.max_new_tokens):
-            logits = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                logits_to_keep=1,
-                **{self.cache_argument: cache},
-            ).logits
-            chosen = self._finite(logits)[:, -1].argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
-                if ended[row]:
-                    continue
-                ended[row] = token in stops
-                if not ended[row] or (plain and token in self._line_ends):  # ".\n" ends a line with text of its own
-                    said[row].append(token)
-            if all(ended):
-                break
-            ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-            positions = positions[:, -1:] + 1
-        texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
-        return [Reply(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
-
-    def _finite(self, logits: Tensor) -> Tensor:
-        if not torch.isfinite(logits).all():
-            raise FloatingPointError(f"{self.name} gives logits that are not finite")
-        return logits
-
-    def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, `[rows, longest]`, on the model's device."""
-        longest = max(map(len, rows))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            at = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-            ids[i, at] = torch.tensor(row)
-            mask[i, at] = 1
-        return ids.to(self.device), mask.to(self.device)
-
-    def _chunks(self, rows: Sequence[Sequence[int]], size: int | None = None) -> list[list[int]]:
-        """Indices of rows of like length, `size` (by default `batch_size`) at a time."""
-        order, size = sorted(range(len(rows)), key=lambda i: len(rows[i])), size or self.batch_size
-        return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def find(name: str) -> str:
-    """Where a model is: a built-in model's folder, a folder as given, or a hub id as given.
-
-    Raises:
-        UserError: it is none of them.
-    """
-    built_in = sorted(p.name for p in BUILT_IN.glob("*") if (p / "config.json").exists())
-    if name in built_in:
-        return str(BUILT_IN / name)
-    path = Path(name).expanduser()
-    if (path / "config.json").exists():
-        return str(path)
-    if path.is_dir():
-        raise UserError(f"{name}: the folder has no config.json; give a folder in Hugging Face form")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    raise UserError(
-        f"{name}: no such model. Give model.path=FOLDER, a hub id (owner/name), or a built-in: {', '.join(built_in)}"
-    )
-
 
 def _whole(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n > 0
-
-
-def firing_layers(firing: Any) -> list[int]:
-    """The layers that a setting `model.firing` names.
-
-    Raises:
-        UserError: it is no such setting.
-    """
-    layers, beta = (firing.get("layers"), firing.get("beta")) if isinstance(firing, Mapping) else (None, None)
-    numbers = isinstance(layers, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
-    if not (numbers and layers and isinstance(beta, int | float) and not isinstance(beta, bool) and len(firing) == 2):
-        raise UserError(f"model.firing={firing}: must be null or like {{layers: [23], beta: 10}}")
-    return list(layers)

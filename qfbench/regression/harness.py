@@ -259,11 +259,7 @@ def live(lm: LanguageModel, chat: bool = False) -> Any:
             # shortest input is at least as long as this.
             places = torch.arange(1, inps.shape[1] + 1, device=inps.device)
             shortest = int(((inps != 0) * places).amax(1).min())
-            with torch.no_grad():
-                logits: Tensor = self.model(
-                    inps, logits_to_keep=inps.shape[1] - max(0, shortest - self.tail), use_cache=False
-                ).logits
-            return logits
+            return lm.logits([tuple(row) for row in inps.tolist()], max(0, shortest - self.tail))
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             # lm-eval scores the white space that a prompt ends with as part of the answer: in a dialogue that is the template's own

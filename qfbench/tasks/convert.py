@@ -25,7 +25,8 @@ from qfbench.analysis import plots
 from qfbench.errors import UserError
 from qfbench.models import checkpoint, difference
 from qfbench.models.firing import with_firing_layers
-from qfbench.models.lm import LanguageModel, find
+from qfbench.models.lm import LanguageModel
+from qfbench.models.loading import find
 from qfbench.tasks.run import Run
 from qfbench.tasks.texts import Texts
 from qfbench.world.corpus import Dialogue
