@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ from transformers import DynamicCache, PreTrainedModel
 from qfbench.models.firing import FAMILIES
 
 Tokens = tuple[int, ...]
-GUESS = 8  # tokens that are guessed at once where the last reply says no more
+FEW = 4  # tokens that are tried of a reply of which none held last time
+GUESS = 2  # tokens that are guessed at first; twice as many each time all were right, half as many when none was
+MOST = 16  # tokens that are guessed at once
 LOGITS = 2**28  # bytes that the logits of one product with the head may take, in float32
 
 
@@ -42,6 +45,34 @@ class Answer:
     rated: list[tuple[list[float], list[bool]]]
     said: Tokens = ()
     ended: bool = False
+
+
+@dataclass
+class Tree:
+    """A prompt, and branches after it that share what they begin with: a row of one forward pass.
+
+    `tokens` are those of the prompt, and then one for each node; `parents` the place of what stands before each node,
+    `paths` the places along each branch, and `new` how many nodes each branch added.
+    """
+
+    prompt: Tokens
+    branches: tuple[Tokens, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.tokens, self.parents, self.paths, self.new = list(self.prompt), [], [], []
+        known: dict[tuple[int, int], int] = {}
+        for branch in self.branches:
+            at, path, before = len(self.prompt) - 1, [], len(self.tokens)
+            for token in branch:
+                if (at, token) not in known:
+                    known[at, token] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.parents.append(at)
+                at = known[at, token]
+                path.append(at)
+            self.paths.append(path)
+            self.new.append(len(self.tokens) - before)
+        self.forks = any(parent != len(self.prompt) - 1 + i for i, parent in enumerate(self.parents))
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,7 @@ class States:
     hidden: dict[tuple[Tokens, Tokens], Tensor] = field(default_factory=dict)
     keys: dict[Tokens, Tensor] = field(default_factory=dict)
     said: dict[Tokens, Tokens] = field(default_factory=dict)  # the last reply to a prompt, as far as it was an input
+    tried: dict[Tokens, int] = field(default_factory=dict)  # how much of it is tried, where not all
 
     def valid_for(self, layer: int, weights: Sequence[Tensor]) -> None:
         known = [(id(weight), version) for weight, version in self.weights]
@@ -108,12 +140,30 @@ class States:
             kept[key] = tensor.clone()
             self.size += size
 
-    def say(self, prompt: Tokens, said: Tokens) -> None:
-        """Remember a reply; the states of the one before are forgotten."""
-        before = self.said.get(prompt)
-        if before is not None and before != said and (old := self.hidden.pop((prompt, before), None)) is not None:
+    def draft(self, prompt: Tokens) -> Tokens:
+        """The last reply, or its beginning where it did not hold last time."""
+        said = self.said.get(prompt, ())
+        return said[: self.tried.get(prompt, len(said))]
+
+    def hold(self, prompt: Tokens, path: Sequence[int]) -> None:
+        """Note how far a draft held: twice as much of the next is tried."""
+        draft = self.draft(prompt)
+        held = next(
+            (i for i, (a, b) in enumerate(zip(draft, path, strict=False)) if a != b), min(len(draft), len(path))
+        )
+        if held < len(draft):
+            self.tried[prompt] = FEW + 2 * held
+        else:
+            self.tried.pop(prompt, None)
+
+    def say(self, prompt: Tokens, said: Tokens, hidden: Tensor | None) -> None:
+        """Remember a reply and the states of what is tried of it next; those of the one before are forgotten."""
+        if (old := self.hidden.pop((prompt, self.draft(prompt)), None)) is not None:
             self.size -= old.numel() * old.element_size()
         self.said[prompt] = said
+        draft = self.draft(prompt)
+        if hidden is not None and draft:
+            self.keep(self.hidden, (prompt, draft), hidden[: len(draft)])
 
 
 class Suffix:
@@ -138,43 +188,44 @@ class Suffix:
         Raises:
             FloatingPointError: a logit is not finite.
         """
-        rows = [self._row(q) for q in questions]
-        asking = any(q.reply for q in questions)
-        cache = DynamicCache() if asking else None
-        normed = self._over(rows, cache)
-        greedy, rated = self._read(normed, rows, questions)
-        answers, open_rows = [], {}
-        for r, (q, row) in enumerate(zip(questions, rows, strict=True)):
-            path, ended = _walk(greedy[r], row[1:], self.ending) if q.reply else ([], False)
+        trees = [self._tree(q) for q in questions]
+        cache = DynamicCache() if any(q.reply for q in questions) else None
+        greedy, rated = self._read(self._over(trees, cache), trees, questions)
+        answers, unfinished = [], {}
+        for r, (q, tree) in enumerate(zip(questions, trees, strict=True)):
+            path, ended = _walk(greedy[r], tree.branches, self.ending) if q.reply else ([], False)
+            self.states.hold(q.prompt, path)
             if ended is None:
-                open_rows[r] = path
+                unfinished[r] = path
             answers.append((path, ended))
-        if cache is not None and open_rows:
-            for r, done in self._decode(rows, open_rows, cache).items():
+        if cache is not None and unfinished:
+            for r, done in self._decode(trees, unfinished, cache).items():
                 answers[r] = done
         return [Answer(rated[r], tuple(path), bool(ended)) for r, (path, ended) in enumerate(answers)]
 
     @torch.no_grad()
     def logits(self, prompts: Sequence[Tokens], first: int) -> Float[Tensor, "rows tokens vocabulary"]:
         """Logits at all positions from `first` on, of token sequences that are padded at the right."""
-        return self.head(self._over([[prompt] for prompt in prompts], None)[:, first:])
+        out: Tensor = self.head(self._over([Tree(prompt) for prompt in prompts], None)[:, first:])
+        return out
 
-    def _row(self, question: Question) -> list[Tokens]:
-        """The prompt, and what is tried after it, each beside the others: the rated replies and the last reply."""
-        draft = self.states.said.get(question.prompt, ()) if question.reply else ()
-        tried = [*(reply[:-1] for reply in question.rated), draft[: self.ending.most - 1]]
-        return [question.prompt, *dict.fromkeys(branch for branch in tried if branch)]
+    def _tree(self, question: Question) -> Tree:
+        """The prompt, and what is tried after it: the rated replies, and how the last reply began."""
+        draft = self.states.draft(question.prompt)[: self.ending.most - 1] if question.reply else ()
+        tried = [*(reply[:-1] for reply in question.rated), draft]
+        return Tree(question.prompt, tuple(dict.fromkeys(branch for branch in tried if branch)))
 
-    def _over(self, rows: Sequence[Sequence[Tokens]], cache: DynamicCache | None) -> Float[Tensor, "rows tokens d"]:
+    def _over(self, trees: Sequence[Tree], cache: DynamicCache | None) -> Float[Tensor, "rows tokens d"]:
         """The normalised output at every token; `cache` takes keys and values of the upper layers."""
-        ids, positions, branch = laid_out(rows, self.device)
-        mask = None if all(len(row) <= 2 for row in rows) else self._additive(seen(branch))
-        below = self._below(rows, ids, positions, mask, keys=cache is not None)
+        ids, positions, allowed = laid_out(trees)
+        mask = None if allowed is None else self._additive(allowed)
+        ids, positions = ids.to(self.device), positions.to(self.device)
+        below = self._below(trees, ids, positions, mask, keys=cache is not None)
         return self._run(self.top, mask, positions, cache, inputs_embeds=below)
 
     def _below(
         self,
-        rows: Sequence[Sequence[Tokens]],
+        trees: Sequence[Tree],
         ids: Int[Tensor, "rows tokens"],
         positions: Int[Tensor, "rows tokens"],
         mask: Tensor | None,
@@ -182,13 +233,10 @@ class Suffix:
     ) -> Float[Tensor, "rows tokens d"]:
         """The states that enter the cut, kept ones where there are; `keys` keeps the prompts' keys and values, too."""
         if not self.layer:
-            return self.bottom.embed_tokens(ids)
-        found = self.states.hidden
-        missing = [
-            r
-            for r, (prompt, *branches) in enumerate(rows)
-            if any((prompt, branch) not in found for branch in ((), *branches))
-        ]
+            embedded: Tensor = self.bottom.embed_tokens(ids)
+            return embedded
+        kept = self.states.hidden
+        missing = [r for r, tree in enumerate(trees) if any((tree.prompt, b) not in kept for b in ((), *tree.branches))]
         made = {}
         if missing:
             cache = DynamicCache() if keys else None
@@ -196,20 +244,21 @@ class Suffix:
             states = self._run(self.bottom, cut, positions[missing], cache, input_ids=ids[missing])
             lower = _stacked(cache) if cache is not None else None
             for i, r in enumerate(missing):
-                prompt, *branches = rows[r]
-                at = 0
-                for branch in ((), *branches):
-                    length = len(branch) or len(prompt)
-                    made[prompt, branch] = states[i, at : at + length]
-                    self.states.keep(found, (prompt, branch), made[prompt, branch])
-                    at += length
+                tree = trees[r]
+                for branch, path in zip(((), *tree.branches), (range(len(tree.prompt)), *tree.paths), strict=True):
+                    made[tree.prompt, branch] = states[i, list(path)]
+                    self.states.keep(kept, (tree.prompt, branch), made[tree.prompt, branch])
                 if lower is not None:
-                    self.states.keep(self.states.keys, prompt, lower[:, i, :, : len(prompt)])
-        whole = [
-            torch.cat([made[k] if (k := (row[0], branch)) in made else found[k] for branch in ((), *row[1:])])
-            for row in rows
-        ]
-        return pad_sequence(whole, batch_first=True)
+                    self.states.keep(self.states.keys, tree.prompt, lower[:, i, :, : len(tree.prompt)])
+
+        def of(tree: Tree) -> Tensor:
+            prompt, *branches = (
+                made[key] if (key := (tree.prompt, branch)) in made else kept[key] for branch in ((), *tree.branches)
+            )
+            # A branch adds what it does not share with those before it.
+            return torch.cat([prompt, *(b[len(b) - new :] for b, new in zip(branches, tree.new, strict=True))])
+
+        return pad_sequence([of(tree) for tree in trees], batch_first=True)
 
     def _run(
         self, half: Any, mask: Tensor | None, positions: Tensor, cache: DynamicCache | None, **inputs: Tensor
@@ -219,39 +268,35 @@ class Suffix:
         return out
 
     def _read(
-        self, normed: Float[Tensor, "rows tokens d"], rows: Sequence[Sequence[Tokens]], questions: Sequence[Question]
+        self, normed: Float[Tensor, "rows tokens d"], trees: Sequence[Tree], questions: Sequence[Question]
     ) -> tuple[list[list[list[int]]], list[list[tuple[list[float], list[bool]]]]]:
-        """Of every row: after the prompt and after each token of each branch, what is said next (a list for each branch, the
-        prompt's own token first); and the rated replies' nats and hits."""
+        """Of every row: what is said next, after the prompt, and then for each branch after the prompt and each of its tokens;
+        and the rated replies' nats and hits."""
         nodes: list[tuple[int, int]] = []
         wanted: list[int] = []
         targets: list[int] = []
-        start = 0
-        for r, ((prompt, *branches), question) in enumerate(zip(rows, questions, strict=True)):
-            nodes += [(r, at) for at in range(len(prompt) - 1, len(prompt) + sum(map(len, branches)))]
+        places: list[list[list[int]]] = []  # of every row, after the prompt and along each branch, as indices of nodes
+        for r, (tree, question) in enumerate(zip(trees, questions, strict=True)):
+            last = len(tree.prompt) - 1
+            start = len(nodes) - last
+            nodes += [(r, at) for at in range(last, len(tree.tokens))]
+            places.append([[start + at for at in (last, *path)] for path in ((), *tree.paths)])
             for reply in question.rated:
-                place = start + 1 + sum(map(len, branches[: branches.index(reply[:-1])])) if len(reply) > 1 else 0
-                wanted += [start, *range(place, place + len(reply) - 1)]
+                along = places[r][1 + tree.branches.index(reply[:-1])] if len(reply) > 1 else places[r][0]
+                wanted += along
                 targets += reply
-            start = len(nodes)
         at = torch.tensor(nodes, device=normed.device)
         next_token, logprob = self._heads(normed[at[:, 0], at[:, 1]], wanted, targets)
-        greedy: list[list[list[int]]] = []
-        rated: list[list[tuple[list[float], list[bool]]]] = []
-        node = pair = 0
-        for (_, *branches), question in zip(rows, questions, strict=True):
-            first, node = next_token[node], node + 1
-            said = [[first]]
-            for branch in branches:
-                said.append([first, *next_token[node : node + len(branch)]])
-                node += len(branch)
-            greedy.append(said)
-            rated.append([])
+        greedy = [[[next_token[n] for n in along] for along in row] for row in places]
+        rated, pair = [], 0
+        for question in questions:
+            scores = []
             for reply in question.rated:
                 span = slice(pair, pair + len(reply))
                 hits = [next_token[n] == token for n, token in zip(wanted[span], reply, strict=True)]
-                rated[-1].append(([-x for x in logprob[span]], hits))
+                scores.append(([-x for x in logprob[span]], hits))
                 pair += len(reply)
+            rated.append(scores)
         return greedy, rated
 
     def _heads(
@@ -278,25 +323,30 @@ class Suffix:
         return torch.cat(likeliest).tolist(), logprob.tolist()
 
     def _decode(
-        self, rows: Sequence[Sequence[Tokens]], paths: dict[int, list[int]], cache: DynamicCache
+        self, trees: Sequence[Tree], paths: dict[int, list[int]], cache: DynamicCache
     ) -> dict[int, tuple[list[int], bool]]:
         """Decode on after what is said already (`paths`, by row), several guessed tokens at a time.
 
         Slots of keys that stand for nothing (padding, guesses that were wrong) stay in the cache, and are masked.
         """
         left = list(paths)
-        prompts = [rows[r][0] for r in left]
+        prompts = [trees[r].prompt for r in left]
         cache = self._resumed(prompts, left, cache)
         valid = torch.arange(max(map(len, prompts)))[None] < torch.tensor([[len(prompt)] for prompt in prompts])
         fed = [0] * len(left)  # how many tokens of each path are in the cache
+        trust = [GUESS] * len(left)
         entered: list[list[Tensor]] = [[] for _ in left]  # their states at the cut
         done: dict[int, tuple[list[int], bool]] = {}
         while left:
-            tried = [_guessed(paths[r], rows[r], self.ending.most) for r in left]
+            room = self.ending.most - 1
+            tried = [
+                [*paths[r], *_guess(paths[r], self._heard(trees[r]), min(n, room - len(paths[r])))]
+                for r, n in zip(left, trust, strict=True)
+            ]
             feeds = [tokens[n:] for tokens, n in zip(tried, fed, strict=True)]
             width = max(map(len, feeds))
             ids = torch.tensor([feed + [0] * (width - len(feed)) for feed in feeds], device=self.device)
-            starts = torch.tensor([[len(rows[r][0]) + n] for r, n in zip(left, fed, strict=True)])
+            starts = torch.tensor([[len(trees[r].prompt) + n] for r, n in zip(left, fed, strict=True)])
             positions = starts + torch.arange(width)
             new = torch.ones(width, width, dtype=torch.bool).tril().expand(len(left), -1, -1)
             mask = self._additive(torch.cat([valid[:, None].expand(-1, width, -1), new], 2))
@@ -320,22 +370,27 @@ class Suffix:
                 accepted[i, :right] = True
                 entered[i].append(below[i, :right])
                 fed[i] += right
+                guessed = len(tried[i]) - len(path)
+                if guessed:
+                    met = fed[i] - len(path)
+                    trust[i] = min(MOST, 2 * trust[i]) if met == guessed else max(1, met or trust[i] // 2)
                 if ended is None:
                     kept.append(i)
                     continue
                 done[r] = paths[r], ended
-                self._remember(rows[r][0], tuple(paths[r][: fed[i]]), entered[i])
+                states = torch.cat(entered[i]) if self.layer else None
+                self.states.say(trees[r].prompt, tuple(paths[r][: fed[i]]), states)
             stay = torch.tensor(kept, dtype=torch.long)
             valid = torch.cat([valid, accepted], 1)[stay]
             if 0 < len(kept) < len(left):
                 cache.batch_select_indices(stay.to(self.device))
-            left, fed, entered = [left[i] for i in kept], [fed[i] for i in kept], [entered[i] for i in kept]
+            left, fed, trust = ([every[i] for i in kept] for every in (left, fed, trust))
+            entered = [entered[i] for i in kept]
         return done
 
-    def _remember(self, prompt: Tokens, said: Tokens, entered: Sequence[Tensor]) -> None:
-        self.states.say(prompt, said)
-        if self.layer and said:
-            self.states.keep(self.states.hidden, (prompt, said), torch.cat(list(entered)))
+    def _heard(self, tree: Tree) -> list[Tokens]:
+        """What may be said again: the rated replies, and before them the last reply."""
+        return [self.states.said.get(tree.prompt, ()), *tree.branches]
 
     def _resumed(self, prompts: Sequence[Tokens], rows: Sequence[int], upper: DynamicCache) -> DynamicCache:
         """Keys and values of these rows' prompts alone, in all layers: kept ones below the cut, and those of the pass above it."""
@@ -348,8 +403,8 @@ class Suffix:
             layers = [(below[2 * i], below[2 * i + 1]) for i in range(self.layer)]
         elif self.layer:
             cache = DynamicCache()
-            ids, positions, _ = laid_out([[prompt] for prompt in prompts], self.device)
-            self._run(self.bottom, None, positions, cache, input_ids=ids)
+            ids, positions, _ = laid_out([Tree(prompt) for prompt in prompts])
+            self._run(self.bottom, None, positions.to(self.device), cache, input_ids=ids.to(self.device))
             layers = _kept(cache)
             lower = _stacked(cache)
             for i, prompt in enumerate(prompts):
@@ -361,8 +416,7 @@ class Suffix:
         """0 where a token may look, and the lowest number elsewhere."""
         dtype = self.head.weight.dtype
         lowest = torch.finfo(dtype).min
-        mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed.cpu(), lowest)
-        return mask[:, None].to(self.device)
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, lowest)[:, None].to(self.device)
 
 
 def cache_argument(forward: Any) -> str:
@@ -370,30 +424,24 @@ def cache_argument(forward: Any) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-def laid_out(rows: Sequence[Sequence[Tokens]], device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, positions, and the branch of each token (0 the prompt, -1 padding), each `[rows, tokens]`.
+def laid_out(trees: Sequence[Tree]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Token ids and positions, `[rows, tokens]`, and what each token may look at, `[rows, tokens, tokens]`.
 
-    Of a row, the prompt stands first, and then every branch, each at the positions behind the prompt.
+    None instead of the last: each token may look at all before it.
     """
-    width = max(sum(map(len, row)) for row in rows)
-    ids, positions, branches = [], [], []
-    for prompt, *others in rows:
-        tokens, places, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for n, other in enumerate(others, start=1):
-            tokens += other
-            places += range(len(prompt), len(prompt) + len(other))
-            branch += [n] * len(other)
-        room = width - len(tokens)
-        ids.append(tokens + [0] * room)
-        positions.append(places + list(range(places[-1] + 1, places[-1] + 1 + room)))
-        branches.append(branch + [-1] * room)
-    return torch.tensor(ids, device=device), torch.tensor(positions, device=device), torch.tensor(branches)
-
-
-def seen(branch: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows tokens tokens"]:
-    """What each token may look at: itself and what stands before it in the prompt and in its own branch."""
-    before = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool).tril()
-    return before & ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None]))
+    width = max(len(tree.tokens) for tree in trees)
+    ids = torch.zeros(len(trees), width, dtype=torch.long)
+    positions = torch.arange(width).repeat(len(trees), 1)
+    for r, tree in enumerate(trees):
+        ids[r, : len(tree.tokens)] = torch.tensor(tree.tokens)
+    if not any(tree.forks for tree in trees):
+        return ids, positions, None
+    allowed = np.tril(np.ones((width, width), bool))[None].repeat(len(trees), 0)
+    for r, tree in enumerate(trees):
+        for slot, parent in enumerate(tree.parents, start=len(tree.prompt)) if tree.forks else ():
+            allowed[r, slot, :slot] = allowed[r, parent, :slot]
+            positions[r, slot] = positions[r, parent] + 1
+    return ids, positions, torch.from_numpy(allowed)
 
 
 def _kept(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
@@ -427,10 +475,10 @@ def _walk(greedy: Sequence[Sequence[int]], branches: Sequence[Tokens], ending: E
     return ([*path, token] if token in ending.spoken else path), True
 
 
-def _guessed(path: Sequence[int], row: Sequence[Tokens], most: int) -> list[int]:
-    """What is said so far, and a guess of what follows: what followed the same token in what was said before."""
-    for text in (path[:-1], *reversed(row[1:])):
-        for at in range(len(text) - 1, -1, -1):
-            if text[at] == path[-1]:
-                return [*path, *text[at + 1 : at + 1 + GUESS]][: max(len(path), most - 1)]
-    return list(path)
+def _guess(path: Sequence[int], heard: Sequence[Tokens], most: int) -> Sequence[int]:
+    """Up to `most` tokens that may follow: those that followed the same two tokens in what was said or heard before."""
+    for text in (path[:-1], *heard):
+        for at in range(len(text) - 1, 0, -1):
+            if text[at] == path[-1] and [text[at - 1]] == path[-2:-1]:
+                return text[at + 1 : at + 1 + max(0, most)]
+    return ()
