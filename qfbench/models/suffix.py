@@ -158,7 +158,8 @@ class States:
 
     def say(self, prompt: Tokens, said: Tokens, hidden: Tensor | None) -> None:
         """Remember a reply and the states of what is tried of it next; those of the one before are forgotten."""
-        if (old := self.hidden.pop((prompt, self.draft(prompt)), None)) is not None:
+        before = self.draft(prompt)
+        if before and (old := self.hidden.pop((prompt, before), None)) is not None:
             self.size -= old.numel() * old.element_size()
         self.said[prompt] = said
         draft = self.draft(prompt)
@@ -194,7 +195,8 @@ class Suffix:
         answers, unfinished = [], {}
         for r, (q, tree) in enumerate(zip(questions, trees, strict=True)):
             path, ended = _walk(greedy[r], tree.branches, self.ending) if q.reply else ([], False)
-            self.states.hold(q.prompt, path)
+            if q.reply:
+                self.states.hold(q.prompt, path)
             if ended is None:
                 unfinished[r] = path
             answers.append((path, ended))
