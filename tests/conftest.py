@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import get_method
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +30,7 @@ from qfbench import Fact, LanguageModel, UserError
 from qfbench.commands.settings import CONF
 from qfbench.world.tokenizer import train_tokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
 
 CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
 GEOMETRY = {
@@ -57,6 +60,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SMOKE and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.smoke)
+
+
+# Here all figures are drawn. Elsewhere, unless a test asks for `drawn`, they become one point: that halves a short run.
+DRAWN = set("test_plots test_run test_capacity test_cost test_learning_rate test_qft_convert".split())
+DOT = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
+)
+draw = Figure.savefig
+
+
+@contextmanager
+def saving(savefig: Callable[..., None]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Figure, "savefig", savefig)
+        yield
+
+
+def dot(figure: Figure, file, **how) -> None:
+    data = b"<svg></svg>" if how.get("format") == "svg" else DOT
+    file.write(data) if hasattr(file, "write") else Path(file).write_bytes(data)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def dots(request) -> Iterator[None]:
+    """Of a module, so that its own fixtures come after it."""
+    with saving(draw if request.path.stem in DRAWN else dot):
+        yield
+
+
+@pytest.fixture(scope="session")
+def drawing() -> Callable[[], AbstractContextManager[None]]:
+    return lambda: saving(draw)
+
+
+@pytest.fixture
+def drawn(drawing) -> Iterator[None]:
+    with drawing():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(l
     return run.rows()
 
 
-def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_path, monkeypatch):
+def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_path, drawn, monkeypatch):
     console = Console(record=True, width=200)
     rows = side_by_side(tmp_path, monkeypatch, console)
     columns = ["model", "editor", "regime"]

@@ -46,7 +46,7 @@ def test_orders_are_permutations_by_their_number():
     assert [f.id for f in facts] == taught[0]
 
 
-def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_path):
+def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_path, drawn):
     run = prepared(tmp_path)
     retention(run, {"sequential": sequential, "joint": joint}, orders=3)
     rows, stored = run.rows(), run.store.frame()

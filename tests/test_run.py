@@ -17,7 +17,7 @@ from qfbench.editors import QF
 from qfbench.models.delta import WeightDelta
 from qfbench.runs.provenance import protocol
 
-SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=2")
+SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=1")
 
 
 def run(folder, *overrides):
