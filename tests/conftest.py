@@ -64,9 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Here all figures are drawn. Elsewhere, unless a test asks for `drawn`, they become one point: that halves a short run.
 DRAWN = set("test_plots test_run test_capacity test_cost test_learning_rate test_qft_convert".split())
-DOT = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
-)
+DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
 draw = Figure.savefig
 
 

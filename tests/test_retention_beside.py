@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import pytest
-from notebook import Note, Notebook, prepared, suite
+from notebook import Note, Notebook, prepared, suite, untabled
 from rich.console import Console
 
 from qfbench.analysis.sequences import forgetting
@@ -22,7 +22,10 @@ class Margin(Note):
 
 
 def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(layer=1), sequential),), **other):
-    """The rows of a run with others beside it, each a notebook of the name that its model's path gives."""
+    """The rows of a run with others beside it, each a notebook of the name that its model's path gives.
+
+    Without a `console` there are no tables and figures.
+    """
 
     def load(model):
         lm = Notebook(suite(), **other)
@@ -36,7 +39,10 @@ def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(l
         f"entry{n}": {"model": {"path": path}, "editor": editor, "regimes": {"sequential": regime}}
         for n, (path, editor, regime) in enumerate(entrants)
     }
-    retention(run, {"sequential": sequential, "joint": joint}, beside=beside)
+    if console:
+        retention(run, {"sequential": sequential, "joint": joint}, beside=beside)
+    else:
+        untabled(run, sequential, joint, beside=beside)
     run.store.flush()
     return run.rows()
 
