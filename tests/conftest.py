@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import get_method
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +30,7 @@ from qfbench import Fact, LanguageModel, UserError
 from qfbench.commands.settings import CONF
 from qfbench.world.tokenizer import train_tokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
 
 CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
 GEOMETRY = {
@@ -57,6 +60,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SMOKE and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.smoke)
+
+
+# Here all figures are drawn. Elsewhere, unless a test asks for `drawn`, they become one point: that halves a short run.
+DRAWN = set("test_plots test_run test_capacity test_cost test_learning_rate test_qft_convert".split())
+DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
+draw = Figure.savefig
+
+
+@contextmanager
+def saving(savefig: Callable[..., None]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Figure, "savefig", savefig)
+        yield
+
+
+def dot(figure: Figure, file, **how) -> None:
+    data = b"<svg></svg>" if how.get("format") == "svg" else DOT
+    file.write(data) if hasattr(file, "write") else Path(file).write_bytes(data)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def dots(request) -> Iterator[None]:
+    """Of a module, so that its own fixtures come after it."""
+    with saving(draw if request.path.stem in DRAWN else dot):
+        yield
+
+
+@pytest.fixture(scope="session")
+def drawing() -> Callable[[], AbstractContextManager[None]]:
+    return lambda: saving(draw)
+
+
+@pytest.fixture
+def drawn(drawing) -> Iterator[None]:
+    with drawing():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -195,17 +234,30 @@ def error_of(suite) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def real(shared, suite) -> Callable[[str], list[Fact]]:
-    """All facts of a suite's real file, under the shipped templates. Some files repeat facts, or rewrite nothing."""
-    return cache(lambda name: suite(name, shared(REAL[name]), on_error="skip", on_conflict="keep"))
+def file_of(shared) -> Callable[[str], Path]:
+    """A suite's real file, or the sample beside its YAML where the shared data are absent."""
+
+    def find(name):
+        try:
+            return shared(REAL[name])
+        except pytest.skip.Exception:
+            return CONF / "facts" / f"{name}.sample.jsonl"
+
+    return find
 
 
 @pytest.fixture(scope="session")
-def raw(shared) -> Callable[[str], list[dict]]:
+def real(file_of, suite) -> Callable[[str], list[Fact]]:
+    """All facts of a suite's real file, under the shipped templates. Some files repeat facts, or rewrite nothing."""
+    return cache(lambda name: suite(name, file_of(name), on_error="skip", on_conflict="keep"))
+
+
+@pytest.fixture(scope="session")
+def raw(file_of) -> Callable[[str], list[dict]]:
     """The records of a suite's real file."""
 
     def read(name):
-        path = shared(REAL[name])
+        path = file_of(name)
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 

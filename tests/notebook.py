@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
@@ -99,9 +100,19 @@ def prepared(folder, editor=None, console=None, **lm):
     return Run(Notebook(facts, **lm), editor or Note(), facts, folder, ParquetStore(folder), console, "retention")
 
 
-def taught(folder, *regimes, every=1, **setting):
+def untabled(run, *regimes, **setting):
+    """The task without its tables and figures, which take most of the time and follow from the rows."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("qfbench.tasks.retention.report", lambda *about: None)
+        retention(run, {regime.__name__: regime for regime in regimes}, **setting)
+
+
+def taught(folder, *regimes, every=1, tables=False, **setting):
     """The rows of a run over the three facts."""
-    run = prepared(folder, **setting)
-    retention(run, {regime.__name__: regime for regime in regimes or (sequential,)}, every)
+    run, regimes = prepared(folder, **setting), regimes or (sequential,)
+    if tables:
+        retention(run, {regime.__name__: regime for regime in regimes}, every)
+    else:
+        untabled(run, *regimes, every=every)
     rows = run.rows()
     return run, rows, rows[rows.condition == "edited"]

@@ -34,7 +34,13 @@ def data(tmp_path_factory):
 
 def run(folder, data, *more):
     of_mmlu = (f"regression.mmlu.path={data}", "regression.mmlu.subjects=[anatomy,virology]", "regression.mmlu.shots=1")
-    few = ("regression.world_mc.limit=2", "facts.n=2", "regime=[sequential]", "commit_seconds=0")
+    few = (
+        "regression.world_mc.limit=2",
+        "regression.perplexity.n=4",
+        "facts.n=2",
+        "regime=[sequential]",
+        "commit_seconds=0",
+    )
     return execute(folder, "experiment=retention", "regression=[world_mc,perplexity,mmlu]", *of_mmlu, *few, *more)
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from quiz import TEMPLATES, hub
 
 from qfbench import Fact, LanguageModel, Unsupported, UserError
-from qfbench.commands.settings import CONF, build
+from qfbench.commands.settings import CONF, build, check
 from qfbench.editors import QF2, FineTune
 from qfbench.facts.world import world
 from qfbench.models.delta import LowRank, WeightDelta
@@ -26,8 +26,8 @@ def options(group):
 
 
 def composed(*overrides):
-    """The configuration of a command line; it keeps nothing outside of the run's folder unless told to."""
-    overrides = ("cache=null", *overrides)
+    """The configuration of a command line; unless told to it keeps nothing outside of the run's folder, and has one thread."""
+    overrides = ("cache=null", "threads=1", *overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return compose("config", overrides=list(overrides), return_hydra_config=True)
 
@@ -92,6 +92,7 @@ def check_editor(editors, lessons):
 @pytest.mark.parametrize("name", options("editor"))
 def test_an_editor_is_a_frozen_value_that_teaches_and_leaves_the_model_alone(name, lessons):
     each = [composed(f"editor={name}", f"model={model}", "editor.layer=${model.layer}") for model in BUILT_IN]
+    check(each[0])
     editors = [build(cfg, "editor") for cfg in each]
     with pytest.raises(FrozenInstanceError):
         editors[0].layer = 1
@@ -160,8 +161,8 @@ def test_a_model_says_where_it_is_and_which_layer_to_edit(name):
 
 @pytest.mark.parametrize("name", options("regime"))
 def test_a_regime_yields_what_is_taught_and_a_change(name, xs):
-    cfg = composed(f"regime=[{name}]", "model=world-xs")
-    facts = instantiate(composed("facts.n=2").facts)
+    cfg = composed(f"regime=[{name}]", "model=world-xs", "facts.n=2")
+    facts = instantiate(cfg.facts)
     steps = list(instantiate(cfg.regime)[name](instantiate(cfg.editor), xs, facts))
     assert len(steps) == 2
     for n, (taught, delta) in enumerate(steps):
@@ -211,6 +212,7 @@ def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
     assert cfg.task
     if OmegaConf.missing_keys(cfg.data):
         cfg.data.path = str(jsonl)
+    check(cfg)
     instantiate(cfg.task)
     header = (CONF / "experiment" / f"{name}.yaml").read_text()
     command = "# qfbench\n" if name == "quickstart" else f"# qfbench experiment={name}"
@@ -223,18 +225,16 @@ def test_an_experiment_composes_and_says_how_to_run_it(name, jsonl):
 def test_a_regression_suite_gives_rows_of_its_own_kind(name, xs, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", hub)
     few = sampled("regression", name, f"regression.{name}")
-    few += (
-        [f"regression.{name}.limit=1"]
-        if "limit" in (composed(f"regression=[{name}]").regression.get(name) or {})
-        else []
-    )
     few += ["regression.mmlu.subjects=[anatomy]"] if name == "mmlu" else []
     if name == "lm_eval":
         few += ["regression.lm_eval.tasks=[mmlu_anatomy]", f"regression.lm_eval.include={TEMPLATES / 'default'}"]
-    suites = build(composed(f"regression=[{name}]", *few), "regression")
+    cfg = composed(f"regression=[{name}]", *few)
+    if "limit" in (cfg.regression.get(name) or {}):
+        cfg.regression[name].limit = 1
+    suites = build(cfg, "regression")
     for suite in suites.values():
         assert isinstance(suite, Suite)
-        assert build(composed(f"regression=[{name}]", *few), "regression")[name].fingerprint == suite.fingerprint
+        assert build(cfg, "regression")[name].fingerprint == suite.fingerprint
         rows = suite(xs)
         assert rows
         assert all({"kind", "query", "fact_id", "fact_kind"} <= row.keys() for row in rows)

@@ -129,4 +129,4 @@ def test_all_of_counterfact_loads(raw, real):
         asked = record["paraphrase_prompts"][:2] + record["neighborhood_prompts"][:5]
         for probe, prompt in zip(fact.probes, asked, strict=True):
             assert " ".join(prompt.split()) in probe.query
-            assert probe.kind == ("paraphrase" if prompt in asked[:2] else "locality")
+            assert probe.kind == ("paraphrase" if prompt in record["paraphrase_prompts"] else "locality")

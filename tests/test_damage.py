@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_kill import NAME, kept, killed_at_row, plain, quick, settings, start, tabled  # noqa: F401 (fixtures)
+from test_kill import NAME, kept, killed_at_row, plain, quick, settings, start, tabled, without  # noqa: F401 (fixtures)
 
 from qfbench import UserError
 from qfbench.commands.execution import execute
@@ -35,37 +35,62 @@ def said(cfg, folder):
     return execute(copy.deepcopy(cfg), folder, console, brief=True), console.export_text()
 
 
-@pytest.fixture
-def whole(tmp_path, plain, quick):  # noqa: F811
-    start(plain, tmp_path / "whole" / NAME)
-    return tmp_path / "whole" / NAME
+def begun(cfg, tmp_path):
+    """A finished run, and one that was killed in the midst of its first sequence, after a commit."""
+    whole, broken_off = (tmp_path / name / NAME for name in ("whole", "killed"))
+    with without(tables=False), pytest.MonkeyPatch.context() as patched:
+        start(cfg, whole)
+        killed_at_row(cfg, broken_off, patched, lambda row: row.get("condition") == "edited" and row["step"] == 3)
+    assert list(broken_off.glob("state/*"))
+    return whole, broken_off
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Where all is measured again, a little is enough."""
+    cfg = settings(orders=1, placebo=1)
+    del cfg.regime.single, cfg.regime.protected
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def begun_few(few, tmp_path_factory):
+    return begun(few, tmp_path_factory.mktemp("few"))
+
+
+@pytest.fixture(scope="module")
+def begun_plain(plain, tmp_path_factory):  # noqa: F811
+    return begun(plain, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture
-def broken_off(tmp_path, plain, quick, monkeypatch):  # noqa: F811
-    """A run that was killed in the midst of its first sequence, after a commit."""
-    folder = tmp_path / "killed" / NAME
-    killed_at_row(plain, folder, monkeypatch, lambda row: row.get("condition") == "edited" and row["step"] == 3)
-    assert list(folder.glob("state/*"))
-    return folder
+def whole(tmp_path, begun_plain, quick):  # noqa: F811
+    return shutil.copytree(begun_plain[0], tmp_path / "whole" / NAME)
 
 
-@pytest.mark.parametrize("how", SPOILT)
+@pytest.fixture
+def broken_off(tmp_path, begun_plain, quick):  # noqa: F811
+    return shutil.copytree(begun_plain[1], tmp_path / "killed" / NAME)
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "progress.json", "provenance.json", "checksums.json"])
-def test_a_damaged_file_is_named_and_all_is_measured_again(tmp_path, plain, whole, broken_off, name, how):  # noqa: F811
-    for n, begun in enumerate((whole, broken_off)):
-        folder = shutil.copytree(begun, tmp_path / f"copy{n}" / NAME)
-        spoilt = SPOILT[how]((folder / name).read_bytes())
+def test_a_damaged_file_is_named_and_all_is_measured_again(tmp_path, few, begun_few, quick, name):  # noqa: F811
+    """In one of the two runs each, so that both have every damage to some file, and some damage to every file."""
+    for n, (how, spoil) in enumerate(SPOILT.items()):
+        run = begun_few[(n + len(name)) % 2]
+        folder = shutil.copytree(run, tmp_path / f"copy{n}" / NAME)
+        spoilt = spoil((folder / name).read_bytes())
         (folder / name).write_bytes(spoilt)
-        if json_of(spoilt) == json_of((begun / name).read_bytes()):
+        if json_of(spoilt) == json_of((run / name).read_bytes()):
             continue  # nothing is changed but white space
-        done, text = said(plain, folder)
-        assert done is not None
-        assert f"damaged: {name}" in text
-        assert kept(folder) == kept(whole)
+        done, text = said(few, folder)
+        assert done is not None, how
+        assert f"damaged: {name}" in text, how
+        assert kept(folder) == kept(begun_few[0]), how
         if name != "checksums.json":
-            assert (folder / f"{name}.damaged").read_bytes() == spoilt
-        assert said(plain, folder)[0] is None  # and is finished now
+            assert (folder / f"{name}.damaged").read_bytes() == spoilt, how
+        if how == "a bit":
+            assert said(few, folder)[0] is None  # and is finished now
 
 
 def json_of(data):
@@ -76,21 +101,23 @@ def json_of(data):
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "progress.json", "provenance.json"])
-def test_a_file_that_is_gone_is_named_and_all_is_measured_again(plain, whole, broken_off, name):  # noqa: F811
-    (broken_off / name).unlink()
-    assert f"damaged: {name}" in said(plain, broken_off)[1]
-    assert kept(broken_off) == kept(whole)
+def test_a_file_that_is_gone_is_named_and_all_is_measured_again(tmp_path, few, begun_few, quick, name):  # noqa: F811
+    folder = shutil.copytree(begun_few[1], tmp_path / NAME)
+    (folder / name).unlink()
+    assert f"damaged: {name}" in said(few, folder)[1]
+    assert kept(folder) == kept(begun_few[0])
 
 
-@pytest.mark.parametrize("how", SPOILT)
-def test_a_run_whose_settings_are_damaged_is_refused_as_it_is(plain, whole, how):  # noqa: F811
-    (whole / "config.yaml").write_bytes(SPOILT[how]((whole / "config.yaml").read_bytes()))
-    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with pytest.raises(
-        UserError, match=r"config.yaml: is damaged, so that nobody knows .*; give another hydra.run.dir, or rer"
-    ):
-        start(plain, whole)
-    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+def test_a_run_whose_settings_are_damaged_is_refused_as_it_is(plain, whole):  # noqa: F811
+    sound = (whole / "config.yaml").read_bytes()
+    for how, spoil in SPOILT.items():
+        (whole / "config.yaml").write_bytes(spoil(sound))
+        before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+        with pytest.raises(
+            UserError, match=r"config.yaml: is damaged, so that nobody knows .*; give another hydra.run.dir, or rer"
+        ):
+            start(plain, whole)
+        assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before, how
 
 
 @pytest.mark.parametrize("how", [None, "a bit", "cut short", "emptied"])

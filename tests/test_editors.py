@@ -144,6 +144,7 @@ def test_an_unsupported_editor_is_refused_before_anything_is_asked(tmp_path, mon
     monkeypatch.setattr("qfbench.tasks.run.ask", lambda lm, probes: asked.append(probes) or ask(lm, probes))
     folder = tmp_path / "run"
     settings = ("experiment=retention", "model=world-xs", "facts.n=2", "task.retention.not_understood=teach")
+    settings += ("regression=none", "task.retention.placebo=0")
     with pytest.raises(Unsupported, match=r"QF2 needs a firing block at layer 2"):
         execute(composed(*settings, "editor=qf2", "editor.lr=0.1"), folder)
     assert not asked

@@ -224,10 +224,10 @@ def test_the_loss_falls_and_is_the_one_that_the_edited_model_has(make, plain_tok
 
 def test_it_stops_once_the_loss_is_low_enough(make, facts):
     lm = make("qwen2")
-    losses = [FineTune(1, 0.01, steps, stop_at=0).edit(lm, facts[:1]).notes["loss"] for steps in range(1, 31)]
+    losses = [FineTune(1, 0.01, steps, stop_at=0).edit(lm, facts[:1]).notes["loss"] for steps in range(1, 13)]
     assert losses == sorted(losses, reverse=True)
-    for stop_at in (losses[3], losses[20]):
-        notes = FineTune(1, 0.01, 30, stop_at).edit(lm, facts[:1]).notes
+    for stop_at in (losses[3], losses[9]):
+        notes = FineTune(1, 0.01, 12, stop_at).edit(lm, facts[:1]).notes
         first = next(n for n, loss in enumerate(losses, start=1) if loss < stop_at)
         assert (notes["steps"], notes["loss"]) == (first, losses[first - 1])
         again = FineTune(1, 0.01, first).edit(lm, facts[:1])

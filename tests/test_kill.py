@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import notebook
@@ -62,20 +64,31 @@ def plain():
     return settings()
 
 
-@pytest.fixture
-def tabled(monkeypatch):
-    """The notebook instead of a model, and no figures."""
-    monkeypatch.setattr(qfbench.tasks.run, "load", lambda model: notebook.Notebook(notebook.suite()))
-    monkeypatch.setattr(Run, "figure", lambda self, figure, name: None)
-    for name in ("forgetting_curves", "retention_matrices"):
-        monkeypatch.setattr(qfbench.tasks.retention, name, lambda *rows: None)
-    monkeypatch.setattr(qfbench.runs.provenance, "_commit", lambda: "")
+@contextmanager
+def without(tables):
+    """The notebook instead of a model, no figures, and no tables unless `tables`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(qfbench.tasks.run, "load", lambda model: notebook.Notebook(notebook.suite()))
+        patched.setattr(Run, "figure", lambda self, figure, name: None)
+        for name in ("forgetting_curves", "retention_matrices"):
+            patched.setattr(qfbench.tasks.retention, name, lambda *rows: None)
+        patched.setattr(qfbench.runs.provenance, "_commit", lambda: "")
+        if not tables:
+            patched.setattr(qfbench.tasks.retention, "report", lambda *about: None)
+        yield
 
 
 @pytest.fixture
-def quick(tabled, monkeypatch):
-    """No tables either: they take most of the time, and follow from the rows."""
-    monkeypatch.setattr(qfbench.tasks.retention, "report", lambda *about: None)
+def tabled():
+    with without(tables=True):
+        yield
+
+
+@pytest.fixture
+def quick():
+    """Tables take most of the time, and follow from the rows."""
+    with without(tables=False):
+        yield
 
 
 def start(cfg, folder):
@@ -157,9 +170,12 @@ def differing(cfg, whole, copies):
     """The moments from which a new process does not come to what the unbroken run kept."""
     wanted, wrong = kept(whole), []
     for copied, what in copies:
+        again = copied.parents[1] / "again" / NAME
+        shutil.rmtree(again, ignore_errors=True)
+        shutil.copytree(copied, again)
         try:
-            start(cfg, copied)
-            found = kept(copied)
+            start(cfg, again)
+            found = kept(again)
             if found != wanted:
                 wrong.append((what, [n for n in {**found, **wanted} if found.get(n) != wanted.get(n)]))
         except Exception as error:
@@ -185,24 +201,42 @@ def test_a_run_that_is_killed_at_any_of_many_moments_ends_as_the_unbroken_one(tm
     assert differing(cfg, whole, random.Random(1).sample(copies, 150)) == []
 
 
-@pytest.mark.parametrize("editor", EDITORS)
-def test_a_run_that_is_killed_ends_with_the_same_rows(tmp_path, plain, quick, editor):
+@pytest.fixture(scope="module")
+def anywhere(plain, tmp_path_factory):
+    """The configuration with one of `EDITORS`, and its `moments`, without tables."""
+
+    @cache
+    def make(n):
+        cfg = with_editor(plain, EDITORS[n])
+        with without(tables=False):
+            return cfg, *moments(cfg, tmp_path_factory.mktemp("anywhere"))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(plain, tmp_path_factory):
+    """What an unbroken run keeps, and its rows, without tables."""
+    folder = tmp_path_factory.mktemp("unbroken") / NAME
+    with without(tables=False):
+        return start(plain, folder).store.frame(), kept(folder)
+
+
+@pytest.mark.parametrize("editor", range(len(EDITORS)))
+def test_a_run_that_is_killed_ends_with_the_same_rows(anywhere, quick, editor):
     """Some of the moments that the slow test above tries."""
-    cfg = with_editor(plain, editor)
-    whole, copies = moments(cfg, tmp_path)
+    cfg, whole, copies = anywhere(editor)
     assert differing(cfg, whole, random.Random(0).sample(copies, 5)) == []
 
 
-def test_a_run_that_is_killed_between_a_commit_and_the_removal_of_old_states_has_no_row_twice(tmp_path, plain, quick):
-    cfg = with_editor(plain, EDITORS[1])
-    whole, copies = moments(cfg, tmp_path)
+def test_a_run_that_is_killed_between_a_commit_and_the_removal_of_old_states_has_no_row_twice(anywhere, quick):
+    cfg, whole, copies = anywhere(1)
     two = [(c, what) for c, what in copies if what == "progress.part" and len(list(c.glob("state/*"))) > 1]
     assert differing(cfg, whole, two) == []
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_rows(tmp_path, plain, quick, monkeypatch):
-    whole, folder = tmp_path / "whole" / NAME, tmp_path / "killed" / NAME
-    start(plain, whole)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_rows(tmp_path, plain, quick, unbroken, monkeypatch):
+    folder = tmp_path / NAME
     draw, lives, ended = random.Random(1), 0, False
     while not ended:
         left, lives = draw.randrange(12, 80), lives + 1
@@ -223,7 +257,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_rows(tmp_path, 
                 pass
         assert lives < 60
     assert lives > 5
-    assert kept(folder) == kept(whole)
+    assert kept(folder) == unbroken[1]
 
 
 def killed_at_row(cfg, folder, monkeypatch, which):
@@ -242,10 +276,11 @@ def killed_at_row(cfg, folder, monkeypatch, which):
 
 
 @pytest.mark.parametrize("condition", ["edited", "placebo"])
-def test_a_run_that_is_killed_at_a_row_ends_with_the_same_rows(tmp_path, plain, quick, monkeypatch, condition):
+def test_a_run_that_is_killed_at_a_row_ends_with_the_same_rows(
+    tmp_path, plain, quick, unbroken, monkeypatch, condition
+):
     """`execute` itself sees to the rows that were logged before an exception: here they are on the disk, uncommitted."""
-    whole, folder = tmp_path / "whole" / NAME, tmp_path / "killed" / NAME
-    rows = start(plain, whole).store.frame()
+    (rows, wanted), folder = unbroken, tmp_path / NAME
     at = [n for n, row in enumerate(rows.condition) if row == condition]
     for n in random.Random(2).sample(at, 2):
         shutil.rmtree(folder, ignore_errors=True)
@@ -253,7 +288,7 @@ def test_a_run_that_is_killed_at_a_row_ends_with_the_same_rows(tmp_path, plain, 
         killed_at_row(plain, folder, monkeypatch, lambda row, left=left, n=n: next(left) == n)
         assert len(pd.read_parquet(folder / "rows.parquet")) == n
         start(plain, folder)
-        assert kept(folder) == kept(whole)
+        assert kept(folder) == wanted
 
 
 def test_a_rerun_that_is_killed_while_it_empties_the_folder_is_not_finished(tmp_path, plain, quick, monkeypatch):
@@ -305,9 +340,8 @@ def killed_once(run):
     run.log({"step": 0})
 
 
-def test_a_run_whose_end_could_not_be_noted_loses_no_rows(tmp_path, plain, quick, monkeypatch):
-    whole, folder = tmp_path / "whole" / NAME, tmp_path / "full" / NAME
-    start(plain, whole)
+def test_a_run_whose_end_could_not_be_noted_loses_no_rows(tmp_path, plain, quick, unbroken, monkeypatch):
+    folder = tmp_path / NAME
     real, calls = Ledger.write, []
 
     def full(self, name, write):
@@ -319,7 +353,7 @@ def test_a_run_whose_end_could_not_be_noted_loses_no_rows(tmp_path, plain, quick
         with pytest.raises(UserError, match="cannot be written to"):
             start(plain, folder)
     start(plain, folder)
-    assert kept(folder) == kept(whole)
+    assert kept(folder) == unbroken[1]
 
 
 def command(*overrides):

@@ -188,6 +188,7 @@ def test_the_experiment_runs_on_a_folder_with_a_firing_block(firing, tmp_path):
         "model=world-xs",
         f"model.path={tmp_path / 'model'}",
         "facts.n=1",
+        "regression=none",
         "task.learning_rate.rates=[0.1]",
     )
     del cfg.hydra

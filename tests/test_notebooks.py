@@ -1,7 +1,6 @@
 """The notebooks run top to bottom from the stored runs; they define nothing, and nothing they show is stored in them."""
 
 import ast
-import asyncio
 import os
 import re
 from pathlib import Path
@@ -31,20 +30,15 @@ def notebook(path):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """All notebooks, executed side by side, since a kernel's first seconds go into imports; by path."""
+    """All notebooks, by path; executed in one kernel, whose first seconds go into imports. It forgets all names between them."""
     books = {path: nbformat.read(path, as_version=4) for path in PATHS}
     kernel = os.environ | {"IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")), "JUPYTER_COLUMNS": "115"}
-
-    async def execute():
-        clients = [
-            nbclient.NotebookClient(
-                book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-            )
-            for path, book in books.items()
-        ]
-        await asyncio.gather(*(client.async_execute(env=kernel) for client in clients))
-
-    asyncio.run(execute())
+    one = nbformat.v4.new_notebook()
+    for book in books.values():
+        one.cells += [*book.cells, nbformat.v4.new_code_cell("%reset -f")]
+    nbclient.NotebookClient(
+        one, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    ).execute(env=kernel)
     return books
 
 

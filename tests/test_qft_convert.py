@@ -108,4 +108,9 @@ def test_a_killed_task_started_again_ends_with_the_same_files(whole, tmp_path, m
 )
 def test_bad_settings_give_one_message_that_names_them(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
-        executed(tmp_path, *overrides, *(() if "data=messages" not in overrides else ("~data.batch", "+data.batch=1")))
+        executed(
+            tmp_path,
+            "task.convert.abilities=null",
+            *overrides,
+            *(() if "data=messages" not in overrides else ("~data.batch", "+data.batch=1")),
+        )

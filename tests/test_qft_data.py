@@ -138,9 +138,9 @@ def test_a_batch_of_nothing_is_refused(write, size):
 
 def test_the_papers_company_facts_load(shared, qwen_tokenizer, tiny):
     path = shared("oxinnovate/company_facts.jsonl")
-    texts = instantiate(composed("data=messages", f"data.path={path}").data)
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    drawn = [text for step in range(len(lines)) for text in texts(step)]
+    texts = instantiate(composed("data=messages", f"data.path={path}", f"data.batch={len(lines)}").data)
+    drawn = list(texts(0))
     assert {bool(d.system) for d in drawn} == {True, False}
     assert any(d.answer == "Need more information." for d in drawn)
     said = [[message["content"].strip() for message in json.loads(line)["messages"]] for line in lines]

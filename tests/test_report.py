@@ -127,8 +127,9 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def text(run):
-    return page(run)
+def text(run, drawing):
+    with drawing():
+        return page(run)
 
 
 def test_the_page_has_every_section_and_needs_nothing_but_itself(text):
@@ -425,7 +426,7 @@ def command(monkeypatch, *arguments):
     main()
 
 
-def test_the_command_writes_the_same_page_every_time(run, text, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_same_page_every_time(run, text, drawn, tmp_path, monkeypatch, capsys):
     command(monkeypatch, run)
     assert (run / "report.html").read_text(encoding="utf-8") == text
     assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from notebook import REFUSAL, Note, prepared, taught
+from notebook import REFUSAL, Note, prepared, taught, untabled
 from rich.console import Console
 
 from qfbench import LanguageModel, Probe, UserError
@@ -18,7 +18,6 @@ from qfbench.facts.world import world
 from qfbench.models.delta import WeightDelta
 from qfbench.runs.store import ParquetStore
 from qfbench.tasks.baseline import baseline
-from qfbench.tasks.retention import retention
 from qfbench.tasks.run import Run
 from qfbench.tasks.teaching import Teaching
 
@@ -106,7 +105,7 @@ def test_a_model_that_understands_nothing_is_refused(tmp_path):
 def test_a_fact_that_is_not_understood_is_taught_where_one_wants_to(tmp_path):
     console = Console(record=True, width=200)
     run = prepared(tmp_path, deaf=("1",), console=console)
-    retention(run, {"sequential": sequential}, not_understood="teach")
+    untabled(run, sequential, not_understood="teach")
     rows = run.rows()
     edited = rows[rows.condition == "edited"]
     assert set(edited.fact_id[edited.kind == "edit"]) == {"0", "1", "2"}
@@ -118,7 +117,7 @@ def test_a_fact_that_is_not_understood_is_taught_where_one_wants_to(tmp_path):
 
 def test_where_nothing_is_understood_all_may_be_taught(tmp_path):
     run = prepared(tmp_path, deaf=("0", "1", "2"))
-    retention(run, {"sequential": sequential}, not_understood="teach")
+    untabled(run, sequential, not_understood="teach")
     assert set(run.rows().query("condition == 'edited' and kind == 'edit'").fact_id) == {"0", "1", "2"}
 
 
@@ -129,7 +128,7 @@ def test_a_bad_setting_is_named_before_anything_else(tmp_path, setting):
     ((name, value),) = setting.items()
     run = prepared(tmp_path)
     with pytest.raises(UserError, match=rf"task\.retention\.{name}={value}: must be "):
-        retention(run, {"sequential": sequential}, **setting)
+        untabled(run, sequential, **setting)
     assert "edited" not in {row.get("condition") for row in run.store.frame().to_dict("records")}
 
 
@@ -182,7 +181,7 @@ def test_the_last_rows_are_what_the_saved_change_gives(tmp_path):
     lm, facts = LanguageModel.load("world-xs", device="cpu"), world(3, paraphrases=1)
     run = Run(lm, QF(layer=2), facts, tmp_path, ParquetStore(tmp_path), Console(quiet=True), "retention")
     before = lm.weights_hash()
-    retention(run, {"sequential": sequential})
+    untabled(run, sequential)
     assert lm.weights_hash() == before
     rows = run.rows()
     last = rows[(rows.condition == "edited") & (rows.step == 3)]
@@ -206,7 +205,7 @@ def test_forgetting_is_measured_at_the_checkpoints_of_a_run(tmp_path):
 
 def test_single_edits_have_no_retention_and_are_measured_over_all_edits(tmp_path):
     says = {"Where is Town0?": ("North.", "South.")}  # wrong after any edit
-    run, rows, _ = taught(tmp_path, single, sequential, says=says)
+    run, rows, _ = taught(tmp_path, single, sequential, tables=True, says=says)
     last = rows.step == 3
     rows.loc[last & (rows.regime == "single") & (rows.kind == "prior"), "generated"] = False
     rows.loc[last & (rows.regime == "single") & (rows.kind == "unknown"), "leaked"] = True
@@ -259,7 +258,7 @@ def test_own_probes_are_held_against_what_the_unedited_model_replies(tmp_path):
     says = {"Where is Near1?": ("North.", "North.", "In the North.")}
     run = prepared(tmp_path, says=says)
     run.facts[:] = neighbours(run.facts)
-    retention(run, {"sequential": sequential})
+    untabled(run, sequential)
     rows = run.rows()
     near = rows[rows.kind == "locality"]
     assert set(near.expected) == {"North."}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import pytest
-from notebook import Note, Notebook, prepared, suite
+from notebook import Note, Notebook, prepared, suite, untabled
 from rich.console import Console
 
 from qfbench.analysis.sequences import forgetting
@@ -22,7 +22,10 @@ class Margin(Note):
 
 
 def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(layer=1), sequential),), **other):
-    """The rows of a run with others beside it, each a notebook of the name that its model's path gives."""
+    """The rows of a run with others beside it, each a notebook of the name that its model's path gives.
+
+    Without a `console` there are no tables and figures.
+    """
 
     def load(model):
         lm = Notebook(suite(), **other)
@@ -36,12 +39,15 @@ def side_by_side(folder, monkeypatch, console=None, entrants=(("other", Margin(l
         f"entry{n}": {"model": {"path": path}, "editor": editor, "regimes": {"sequential": regime}}
         for n, (path, editor, regime) in enumerate(entrants)
     }
-    retention(run, {"sequential": sequential, "joint": joint}, beside=beside)
+    if console:
+        retention(run, {"sequential": sequential, "joint": joint}, beside=beside)
+    else:
+        untabled(run, sequential, joint, beside=beside)
     run.store.flush()
     return run.rows()
 
 
-def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_path, monkeypatch):
+def test_what_stands_beside_a_run_shares_its_rows_its_table_and_its_figure(tmp_path, drawn, monkeypatch):
     console = Console(record=True, width=200)
     rows = side_by_side(tmp_path, monkeypatch, console)
     columns = ["model", "editor", "regime"]

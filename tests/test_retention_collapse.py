@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import pandas as pd
-from notebook import Note, prepared, taught
+from notebook import Note, prepared, taught, untabled
 from rich.console import Console
 
 from qfbench.editors.regimes import joint, sequential, single
@@ -19,7 +19,7 @@ def warnings(console):
 
 def test_collapse_is_announced_once_at_the_edit_where_it_is_first_seen(tmp_path):
     console = Console(record=True, width=200)
-    _, _, edited = taught(tmp_path, sequential, joint, says=FORGETFUL, console=console)
+    _, _, edited = taught(tmp_path, sequential, joint, tables=True, says=FORGETFUL, console=console)
     assert edited.groupby("regime").step.max().to_dict() == {"sequential": 3, "joint": 3}  # nothing is stopped unasked
     assert warnings(console) == [
         f"{regime}: collapse after 2 edits: prior at 0.33" for regime in ("sequential", "joint")
@@ -70,7 +70,7 @@ def test_to_stop_on_collapse_ends_that_regime_alone(tmp_path):
 
 def test_a_placebo_of_a_regime_that_stopped_is_asked_what_its_last_edit_was(tmp_path):
     run = prepared(tmp_path, says=FORGETFUL)
-    retention(run, {"sequential": sequential}, stop_on_collapse=True)
+    untabled(run, sequential, stop_on_collapse=True)
     rows = run.rows()
     last, placebo = (rows[(rows.condition == c) & (rows.step == 2)] for c in ("edited", "placebo"))
     assert sorted(last["query"]) == sorted(placebo["query"])
@@ -79,6 +79,6 @@ def test_a_placebo_of_a_regime_that_stopped_is_asked_what_its_last_edit_was(tmp_
 def test_single_edits_do_not_collapse_and_are_not_stopped(tmp_path):
     says = {f"Where is Town{n}?": ("North.", "Nowhere.") for n in range(3)}
     run = prepared(tmp_path, says=says)
-    retention(run, {"single": single}, stop_on_collapse=True)
+    untabled(run, single, stop_on_collapse=True)
     rows = run.rows()
     assert set(rows.step[rows.condition == "edited"]) == {1, 2, 3}

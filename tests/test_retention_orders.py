@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from notebook import prepared, suite, taught
+from notebook import prepared, suite, taught, untabled
 
 from qfbench import UserError
 from qfbench.analysis.sequences import matrices
@@ -46,7 +46,7 @@ def test_orders_are_permutations_by_their_number():
     assert [f.id for f in facts] == taught[0]
 
 
-def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_path):
+def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_path, drawn):
     run = prepared(tmp_path)
     retention(run, {"sequential": sequential, "joint": joint}, orders=3)
     rows, stored = run.rows(), run.store.frame()
@@ -69,7 +69,7 @@ def test_every_regime_is_run_in_every_order_and_files_and_rows_say_which(tmp_pat
 
 
 def test_one_order_is_as_given_and_goes_without_a_name(tmp_path):
-    run, rows, _ = taught(tmp_path)
+    run, rows, _ = taught(tmp_path, tables=True)
     assert "order" not in run.store.frame()
     assert list(pd.read_csv(tmp_path / "sequences.csv").order) == [0]
     ((_, matrix),) = matrices(rows).items()
@@ -83,7 +83,7 @@ def test_there_is_at_least_one_order(tmp_path, orders):
 
 
 def test_a_placebo_is_asked_what_the_last_edit_was_and_has_its_norm(tmp_path):
-    run, rows, edited = taught(tmp_path, sequential, joint, every=2)
+    run, rows, edited = taught(tmp_path, sequential, joint, every=2, tables=True)
     run.store.flush()
     asked = ["fact_id", "kind", "query", "system", "expected", "taught", "step", "fresh"]
     for regime in ("sequential", "joint"):
@@ -101,7 +101,7 @@ def test_a_placebo_is_asked_what_the_last_edit_was_and_has_its_norm(tmp_path):
 def placebo_seeds(run, monkeypatch, **settings):
     seeds, plain = [], WeightDelta.placebo
     monkeypatch.setattr(WeightDelta, "placebo", lambda self, seed: seeds.append(seed) or plain(self, seed))
-    retention(run, {"sequential": sequential, "single": single}, **settings)
+    untabled(run, sequential, single, **settings)
     return seeds
 
 
@@ -128,6 +128,6 @@ def test_no_two_draws_of_a_placebo_share_a_seed(tmp_path, monkeypatch):
 
 def test_there_is_no_placebo_where_none_is_wanted_and_none_of_single_edits(tmp_path):
     run = prepared(tmp_path)
-    retention(run, {"sequential": sequential}, placebo=0)
-    retention(run, {"single": single})
+    untabled(run, sequential, placebo=0)
+    untabled(run, single)
     assert set(run.rows().condition) == {"unedited", "in_context", "edited"}

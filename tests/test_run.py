@@ -17,7 +17,10 @@ from qfbench.editors import QF
 from qfbench.models.delta import WeightDelta
 from qfbench.runs.provenance import protocol
 
-SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test", "threads=2")
+SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test")
+
+
+BARE = ("regression=none", "task.retention.placebo=0")  # where neither matters
 
 
 def run(folder, *overrides):
@@ -30,7 +33,7 @@ def run(folder, *overrides):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("quickstart"))
+    return run(tmp_path_factory.mktemp("quickstart"), "facts.n=2")
 
 
 def test_the_quickstart_writes_everything_it_says(quickstart):
@@ -83,7 +86,7 @@ def test_rows_are_flat_and_complete(quickstart):
     own = [("world-xs", "QF", regime) for regime in ("sequential", "joint", "protected")]
     assert list(by.groups) == [*own, ("world-s-qf2", "QF2", "sequential")]
     for _, group in by:
-        assert group.groupby("step").fact_id.nunique().to_dict() == {step: step for step in range(1, 5)}
+        assert group.groupby("step").fact_id.nunique().to_dict() == {1: 1, 2: 2}
     asked, passages = edited[edited.kind != "perplexity"], edited[edited.kind == "perplexity"]
     assert set(passages.groupby(["model", "editor", "regime", "step"]).size()) == {40}
     for column in (
@@ -114,7 +117,7 @@ def test_prior_knowledge_is_what_the_unedited_model_gets_right(quickstart):
         before = own[own.condition == "unedited"]
         asked = own[(own.condition == "edited") & (own.regime == regime) & (own.step == 1)]
         assert list(asked["query"]) == list(before["query"][before.generated])
-        assert len(asked) > 8
+        assert len(asked) > 4
 
 
 def test_provenance_names_what_one_needs_to_repeat_a_run(quickstart):
@@ -143,7 +146,7 @@ def test_the_same_configuration_gives_the_same_rows_and_another_seed_others(quic
 
 
 def test_every_layer_is_edited_by_the_layer_curve(tmp_path):
-    done, _ = run(tmp_path, "experiment=layer_curve", "facts.n=2")
+    done, _ = run(tmp_path, "experiment=layer_curve", "facts.n=1", "regression=none")
     curve = pd.read_csv(tmp_path / "layer_curve.csv")
     assert list(curve.layer) == [0, 1, 2, 3]
     assert curve.efficacy.iloc[0] < curve.efficacy.iloc[-1]
@@ -162,7 +165,7 @@ def test_a_fact_that_is_not_understood_is_reported_and_left_out(tmp_path):
         {"instruction": "Bananas are blue.", "query": "Which colour has a banana?", "answer": "It is blue, they say."},
     ]
     path.write_text("\n".join(map(json.dumps, facts)))
-    done, text = run(tmp_path / "run", "experiment=retention", "facts=table", f"facts.path={path}")
+    done, text = run(tmp_path / "run", "experiment=retention", *BARE, "facts=table", f"facts.path={path}")
     assert "not_understood: 1 of 2" in text
     edited = done.store.frame().query("condition == 'edited' and kind != 'perplexity'")
     assert set(edited.fact_id) == {done.facts[0].id}
@@ -202,22 +205,17 @@ def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path
 
     monkeypatch.setattr(QF, "record", poisoned)
     with pytest.raises(FloatingPointError, match=r"sequential, after 2 edits: an activation at the edited layer"):
-        run(tmp_path, "experiment=retention")
+        run(tmp_path, "experiment=retention", *BARE)
     assert pd.read_parquet(tmp_path / "rows.parquet").query("condition == 'edited'").step.max() == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["editor.layer=9"], 2, "qfbench: editor.layer=9"),
-        (["editor.layr=1"], 2, "layr"),
-    ],
-)
-def test_the_command_line_prints_no_traceback(tmp_path, arguments, code, message):
-    command = [sys.executable, "-m", "qfbench.commands.run", "model=world-xs", f"hydra.run.dir={tmp_path}", *arguments]
+def test_the_command_line_prints_no_traceback(tmp_path):
+    """In a process of its own; test_command.py has many more mistakes, in one."""
+    command = [sys.executable, "-m", "qfbench.commands.run", "model=world-xs", f"hydra.run.dir={tmp_path}"]
+    command += ["editor.layer=9"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
-    assert done.returncode == code
-    assert message in done.stderr
+    assert done.returncode == 2
+    assert "qfbench: editor.layer=9" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -284,7 +282,7 @@ def test_what_the_readme_shows_in_python_works(tmp_path, monkeypatch, capsys):
 def test_the_fact_that_the_docs_show_can_be_taught(tmp_path):
     (line,) = fenced("json", "docs/your-facts.md")
     (tmp_path / "my_facts.jsonl").write_text(line + "\n")
-    overrides = ("experiment=retention", "facts=table", f"facts.path={tmp_path / 'my_facts.jsonl'}", "model=world-s")
-    done, _ = run(tmp_path / "run", *overrides)
+    overrides = ("facts=table", f"facts.path={tmp_path / 'my_facts.jsonl'}", "model=world-s")
+    done, _ = run(tmp_path / "run", "experiment=retention", *BARE, *overrides)
     edited = done.store.frame().query("condition == 'edited' and kind == 'edit'")
     assert list(edited.reply) == ["The CEO of Borfia is Ada Lin."]

@@ -88,7 +88,7 @@ def test_a_run_with_other_settings_does_not_continue_one(tmp_path, again, messag
 
 
 def test_a_killed_retention_run_ends_with_the_same_rows(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole", "experiment=retention", "facts.n=2")[0].store.frame()
+    whole = run(tmp_path / "whole", "experiment=retention", "facts.n=2", "regression=none")[0].store.frame()
     real, calls = QF.record, []
 
     def poisoned(self, lm, fact):
@@ -100,8 +100,8 @@ def test_a_killed_retention_run_ends_with_the_same_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(QF, "record", poisoned)
     with pytest.raises(FloatingPointError):
-        run(tmp_path / "killed", "experiment=retention", "facts.n=2")
-    again = run(tmp_path / "killed", "experiment=retention", "facts.n=2")[0].store.frame()
+        run(tmp_path / "killed", "experiment=retention", "facts.n=2", "regression=none")
+    again = run(tmp_path / "killed", "experiment=retention", "facts.n=2", "regression=none")[0].store.frame()
     pd.testing.assert_frame_equal(again.drop(columns="run_id"), whole.drop(columns="run_id"))
 
 

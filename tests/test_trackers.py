@@ -56,7 +56,7 @@ def history(found):
     return [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in line} for line in lines]
 
 
-def test_wandb_mirrors_a_run_offline_where_there_is_no_key(wandb, tmp_path, monkeypatch, capfd):
+def test_wandb_mirrors_a_run_offline_where_there_is_no_key(wandb, tmp_path, drawn, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     done, text = run(tmp_path / "a b", "tracker=wandb", "tracker.tags=[mine]", "tracker.group=together")
     (path,) = (tmp_path / "a b" / "wandb").glob("offline-run-*/*.wandb")
