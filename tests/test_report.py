@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from qfbench import UserError
-from qfbench.analysis.measures import MEASURES, Measure, compared, summary
+from qfbench.analysis.catalogue import MEASURES, Measure
+from qfbench.analysis.measures import compared, summary
 from qfbench.analysis.rows import regular
 from qfbench.analysis.tables import laid_out
 from qfbench.commands.report import main

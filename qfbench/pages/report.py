@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from qfbench.analysis import plots
+from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.drops import drops
-from qfbench.analysis.measures import MEASURES, accumulating, compared
+from qfbench.analysis.measures import accumulating, compared
 from qfbench.analysis.sequences import forgetting, matrices, middle, over_sequence
 from qfbench.analysis.tables import tabled
 from qfbench.errors import UserError

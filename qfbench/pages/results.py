@@ -16,7 +16,8 @@ import pyarrow.parquet
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from qfbench.analysis.measures import GENERAL, MEASURES, compared, summary
+from qfbench.analysis.catalogue import GENERAL, MEASURES
+from qfbench.analysis.measures import compared, summary
 from qfbench.analysis.rows import regular
 from qfbench.errors import UserError
 from qfbench.runs.identity import NOT_MEASURED, placeless
