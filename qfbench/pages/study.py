@@ -1,4 +1,4 @@
-"""Studies: several runs together, as tables and figures. Each is a function of the rows of `results.load`."""
+"""Studies: several runs together, as tables and figures. Each is a function of the rows of `results.rows_of`."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def trials(rows: pd.DataFrame) -> Study:
     rows.attrs = {"settings": ["run", "balance", *differ]}
     table = results.pooled(rows)
     table = table[table.of == table.regime].sort_values("balance", ascending=False, kind="stable")
-    best = results.settings(Path(table.run.iloc[0]))
+    best = results.settings_of(Path(table.run.iloc[0]))
     overrides = [f"{name}={best[name]}" for name in best if name.startswith("editor.") and name != "editor._target_"]
     verdict = f"best of {len(values)}, balance {table.balance.iloc[0]:.3f}: {' '.join(overrides)}"
     measures = [f"{m.name}{beside}" for m in drawn("taught", "kept") for beside in ("", "_low", "_high")]
