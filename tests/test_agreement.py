@@ -12,7 +12,7 @@ from qfbench import Fact, LanguageModel, Probe
 from qfbench.analysis.measures import summary
 from qfbench.models.lm import Reply
 from qfbench.pages.cautions import cautions
-from qfbench.pages.results import load
+from qfbench.pages.results import rows_of
 from qfbench.runs.provenance import protocol
 from qfbench.runs.store import ParquetStore
 from qfbench.tasks.baseline import baseline
@@ -81,7 +81,7 @@ def test_a_report_says_how_often_a_model_agrees_with_itself(tmp_path):
     there.store.commit(finished=True)
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "provenance.json").write_text("{}")
-    rows = load(tmp_path)
+    rows = rows_of(tmp_path)
     known = [{"seed": 0}, {"seed": 1, "self_agreement": {"m": 0.94, "n": 1.0}}, {"self_agreement": {"m": 0.98}}]
     shown = [text for text in cautions(rows, summary(rows), known) if "gives" in text and "again" in text]
     assert len(shown) == 1

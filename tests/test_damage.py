@@ -152,14 +152,14 @@ def test_any_one_bit_of_what_a_run_goes_on_from_is_found(tmp_path, plain, whole,
 
 
 def test_results_of_a_damaged_run_are_refused(whole):
-    assert len(results.load(whole))
+    assert len(results.rows_of(whole))
     for name in ("rows.parquet", "config.yaml", "provenance.json", "progress.json"):
         data = (whole / name).read_bytes()
         (whole / name).write_bytes(SPOILT["a bit"](data))
         with pytest.raises(UserError, match=f"{name}: is damaged or gone"):
-            results.load(whole)
+            results.rows_of(whole)
         (whole / name).write_bytes(data)
-    assert len(results.load(whole))
+    assert len(results.rows_of(whole))
 
 
 def test_a_table_that_was_changed_is_not_printed_as_the_runs_own(tmp_path, plain, tabled):  # noqa: F811

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.analysis.measures import MEASURES, compared, summary
+from qfbench.analysis.catalogue import MEASURES
+from qfbench.analysis.measures import compared, summary
 from qfbench.analysis.rows import regular
 
 

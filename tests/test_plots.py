@@ -2,11 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.measures import by_layer
 from qfbench.analysis.plots import (
-    BY_MEASURE,
-    OTHER,
-    STYLES,
     conversion,
     forgetting_curves,
     layer_curve,
@@ -15,6 +13,7 @@ from qfbench.analysis.plots import (
 )
 from qfbench.analysis.rows import regular
 from qfbench.analysis.sequences import forgetting
+from qfbench.analysis.styles import OTHER, STYLES
 
 
 def drawn(axes):
@@ -110,7 +109,9 @@ def test_a_regime_has_one_style_in_both_panels_and_an_unknown_one_has_its_own():
 
 
 def test_no_two_styles_are_alike():
-    for styles in (STYLES, BY_MEASURE):
+    # Retention is drawn as efficacy, which it is later on.
+    of_measures = {name: m.style for name, m in MEASURES.items() if any(m.style) and name != "retention"}
+    for styles in (STYLES, of_measures):
         assert len(set(styles.values())) == len({colour for colour, _, _ in styles.values()}) == len(styles)
         assert len({(line, marker) for _, line, marker in styles.values()}) == len(styles)
 

@@ -9,7 +9,7 @@ from test_suites import RECORD, SUITES
 from test_zsre import zsre_record
 
 from qfbench import Fact
-from qfbench.facts.records import load
+from qfbench.facts.collection import collect
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -149,4 +149,4 @@ def test_a_record_that_teaches_nothing_does_not_count(write):
     def make(record):
         return [Fact(f"i{n}", f"q{n}", f"a{n}") for n in record.values]
 
-    assert [f.query for f in load(path, make, n=2)] == ["q1", "q2", "q3"]
+    assert [f.query for f in collect(path, make, n=2)] == ["q1", "q2", "q3"]

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from qfbench import UserError
-from qfbench.analysis.measures import MEASURES, Measure, compared, summary
+from qfbench.analysis.catalogue import MEASURES, Measure
+from qfbench.analysis.measures import compared, summary
 from qfbench.analysis.rows import regular
 from qfbench.analysis.tables import laid_out
 from qfbench.commands.report import main
@@ -162,7 +163,7 @@ def printed(value, low, high, same=False):
 
 @pytest.mark.parametrize(("section", "measure"), [("main-table", summary), ("differences", compared)])
 def test_the_numbers_are_those_of_the_measures(run, text, section, measure):
-    table, seen = measure(results.load(run)), set()
+    table, seen = measure(results.rows_of(run)), set()
     lines = Page(text).lines(section)
     assert len(lines) == len(table) > 0
     for line, want in zip(lines, table.to_dict("records"), strict=True):
@@ -197,7 +198,7 @@ def test_a_new_measure_is_one_entry(tmp_path, monkeypatch):
     new = Measure("exactly", "fresh", "edit", "exact", "word for word", header="word for\nword")
     monkeypatch.setitem(MEASURES, new.name, new)
     folder = stored(tmp_path, run_rows())
-    table = summary(results.load(folder))
+    table = summary(results.rows_of(folder))
     (line,) = table[table.regime == "joint"].to_dict("records")
     assert line["exactly"] == line["efficacy"]
     assert {"exactly", "exactly_low", "exactly_high"} <= set(table.to_csv(index=False).splitlines()[0].split(","))
@@ -314,7 +315,7 @@ def test_a_run_that_has_edited_nothing_yet_has_a_page(tmp_path):
 def warned(folder):
     """The cautions about the runs in a folder."""
     rows = results.retention(folder)
-    return "\n".join(cautions(rows, results.pooled(rows), list(map(results.provenance, results.folders(folder)))))
+    return "\n".join(cautions(rows, results.pooled(rows), list(map(results.provenance_of, results.folders(folder)))))
 
 
 def test_cautions_name_what_applies_and_nothing_else(tmp_path):
@@ -375,7 +376,7 @@ def study(tmp_path_factory):
 def test_a_study_is_one_page_with_its_own_tables_and_figures(study):
     shown = Page(page(study))
     lines = shown.lines("main-table")
-    table = results.pooled(results.load(study))
+    table = results.pooled(results.rows_of(study))
     assert [(int(line["editor.layer"]), line["prior"]) for line in lines] == [
         (line["editor.layer"], printed(line["prior"], line["prior_low"], line["prior_high"], line["prior_same"]))
         if not pd.isna(line["prior"])

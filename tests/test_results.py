@@ -16,7 +16,7 @@ from qfbench.analysis.measures import summary
 from qfbench.analysis.rows import regular
 from qfbench.commands.results import main
 from qfbench.editors.regimes import joint, sequential
-from qfbench.pages.results import SAME, compare, folders, load, retention
+from qfbench.pages.results import SAME, compare, folders, retention, rows_of
 from qfbench.runs.provenance import PROBES, protocol, provenance
 from qfbench.tasks.baseline import baseline
 from qfbench.tasks.retention import in_order
@@ -61,7 +61,7 @@ def test_each_setting_in_which_runs_differ_is_a_column(tmp_path):
         )
     ):
         stored(tmp_path / f"sweep/{n}", settings, editor=Note(layer=n), orders=1 + n)
-    rows = load(tmp_path)
+    rows = rows_of(tmp_path)
     plain = regular(pd.read_parquet(tmp_path / "sweep/1/rows.parquet")).drop(columns="run")
     assert set(rows.columns) - set(plain.columns) == {"run", "editor.layer", "rates", "task.orders"}
     by = rows.groupby("run")[["editor.layer", "rates"]].agg(lambda values: values.unique().tolist())
@@ -73,7 +73,7 @@ def test_each_setting_in_which_runs_differ_is_a_column(tmp_path):
 
 
 def test_one_run_has_no_settings_beside_it(two):
-    rows = load(two[0])
+    rows = rows_of(two[0])
     assert set(rows.columns) == set(regular(pd.read_parquet(two[0] / "rows.parquet")).columns)
     assert set(rows.run) == {str(two[0])}
 
@@ -159,7 +159,7 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(two, name, content):
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{path}: (cannot be read|is damaged or gone)"):
-        compare(two[1], two[0]) if name == "provenance.json" else load(*two)
+        compare(two[1], two[0]) if name == "provenance.json" else rows_of(*two)
 
 
 @pytest.fixture
@@ -229,6 +229,6 @@ def test_the_command_refuses_words_it_does_not_know(command, two):
 
 def test_runs_of_several_regimes_and_orders_are_read_together(tmp_path, two):
     other = stored(tmp_path / "c", regimes=(sequential, joint), orders=2)
-    rows = load(*two, other)
+    rows = rows_of(*two, other)
     assert (rows.order[rows.run == str(two[0])] == 0).all()
     assert list(compare(other, two[0]).regime) == ["sequential"]

@@ -69,7 +69,7 @@ def test_a_shipped_copy_keeps_every_row_and_leaves_out_what_no_measure_uses(stor
     assert {p.name for p in (tmp_path / "runs").rglob("*.*")} == {
         *("config.yaml", "provenance.json", "rows.parquet", "checksums.json")
     }
-    ours, theirs = results.load(stored), results.load(tmp_path / "runs")
+    ours, theirs = results.rows_of(stored), results.rows_of(tmp_path / "runs")
     left_out = ["run", "reply", "nll"]
     assert_frame_equal(ours.drop(columns=left_out), theirs.drop(columns=left_out))
     held = (ours.kind == "perplexity").to_numpy()
@@ -85,7 +85,7 @@ def test_a_shipped_copy_keeps_every_row_and_leaves_out_what_no_measure_uses(stor
 def test_a_copy_can_be_shipped_again(stored, tmp_path):
     results.ship(tmp_path / "runs", stored)
     results.ship(tmp_path / "again", tmp_path / "runs")
-    first, second = (results.load(tmp_path / name).drop(columns="run") for name in ("runs", "again"))
+    first, second = (results.rows_of(tmp_path / name).drop(columns="run") for name in ("runs", "again"))
     assert_frame_equal(first, second)
 
 

@@ -28,7 +28,7 @@ from qfbench import Unsupported, UserError
 from qfbench.analysis.measures import balance_at_the_end
 from qfbench.commands.settings import name_of
 from qfbench.editors.regimes import joint, sequential, single
-from qfbench.pages.results import load
+from qfbench.pages.results import rows_of
 from qfbench.pages.study import trials
 
 EDITORS = sorted(path.stem for path in (CONF / "search" / "tune").glob("*.yaml"))
@@ -129,7 +129,7 @@ def test_the_trials_are_listed_best_first_with_the_overrides_of_the_best(tmp_pat
                 start(cfg, tmp_path / f"run{layer}")
         else:
             start(cfg, tmp_path / f"run{layer}")
-    study = trials(load(tmp_path))
+    study = trials(rows_of(tmp_path))
     table = study.tables["trials"]
     assert list(table["editor.layer"]) == [1, 2]  # nothing was taught at 3
     assert list(table.balance) == sorted(table.balance, reverse=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from qfbench.analysis.catalogue import GENERAL, MEASURES
 from qfbench.analysis.uncertainty import estimate, paired
+
+# What an edit should leave as it is, by kind of probe whose replies say so, and the measure of it.
+KEPT = {m.kind: m.name for m in MEASURES.values() if m.collapse and not m.nats}
 
 
 def accumulating(rows: pd.DataFrame) -> pd.DataFrame:
@@ -22,145 +25,13 @@ def shares(rows: pd.DataFrame, *kinds: str) -> dict[str, float]:
     return {kind: rows.generated[rows.kind == kind].astype(float).mean() for kind in kinds}
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A column of the summary: of which rows it is the mean, and how it is shown. To add one is to add it to `MEASURES`.
-
-    Args:
-        part: the rows it is about (see `summary_lines`): of the `fresh` facts, of all `taught` ones, of what should be `kept`.
-        kind: of probe.
-        column: of the rows; less the column `minus`, if there is one.
-        legend: what it means, in plain words.
-        nats: the column holds nats per token. Their mean is over tokens, and shown as its exp, a perplexity.
-        hidden: it stands in the CSV and on pages, but not in the printed table.
-        header: in the printed table, where its name is too long: 80 columns are soon full.
-        curve: what trackers call it ("suite": as the suite), beside the share that passes, which they have of every kind.
-    """
-
-    name: str
-    part: str
-    kind: str
-    column: str
-    legend: str
-    minus: str = ""
-    nats: bool = False
-    hidden: bool = False
-    header: str = ""
-    curve: str = ""
-
-    def __post_init__(self) -> None:
-        if self.part not in ("fresh", "taught", "kept") or not self.legend:
-            raise ValueError(f"measure {self.name}: needs a legend, and a part that is fresh, taught or kept")
-
-    @property
-    def collapse(self) -> str:
-        """The column of `sequences.over_sequence` that says when it collapses; "" where an edit need not leave it as it is."""
-        if self.part != "kept" or not (self.nats or self.column == "generated"):
-            return ""
-        return "collapse" if self.name == "prior" else f"collapse_{self.name}"
-
-    def values(self, rows: pd.DataFrame) -> pd.Series:
-        """Of each row what is averaged; NaN where it was not asked."""
-        values = rows[self.column].astype(float)
-        return values - rows[self.minus].astype(float) if self.minus else values
-
-    def mean(self, rows: pd.DataFrame) -> float:
-        """Of all rows that were asked, in the column's unit."""
-        values = self.values(rows)
-        return float(np.average(values, weights=rows.tokens.astype(float)) if self.nats else values.mean())
-
-    def shown(self, mean: float) -> float:
-        """A mean as it is shown. Of a difference of perplexities that is their ratio."""
-        return float(np.exp(mean)) if self.nats else mean
-
-
-_KNOWN = (
-    Measure("efficacy", "fresh", "edit", "generated", "taught queries answered right after their own edit"),
-    Measure("paraphrase", "fresh", "paraphrase", "generated", "the same in other wordings", header="para-\nphrase"),
-    Measure(
-        *("held_out", "fresh", "paraphrase_held_out", "generated"),
-        "the same in wordings that the training of a built-in model never used",
-        hidden=True,
-    ),
-    Measure(
-        *("portability", "fresh", "portability", "generated"),
-        "what follows from a fact (two hops, inverse), right after the edit",
-        header="porta-\nbility",
-    ),
-    Measure(
-        *("forced", "fresh", "edit", "forced"),
-        "share of the answer's tokens that are right when the answer itself is fed in: what most harnesses report",
-        hidden=True,
-    ),
-    Measure(
-        *("inflation", "fresh", "edit", "forced"),
-        "forced − efficacy: by how much that overstates",
-        minus="generated",
-        hidden=True,
-    ),
-    Measure(
-        *("preferred", "fresh", "edit", "preferred"),
-        "the new answer has fewer nats per token than the old one",
-        hidden=True,
-    ),
-    Measure(
-        *("retention", "taught", "edit", "generated"),
-        "all taught queries, answered after the last edit",
-        header="reten-\ntion",
-    ),
-    Measure(
-        *("prior", "kept", "prior", "generated"),
-        "what the unedited model knew, still answered after the last edit (single: after each)",
-    ),
-    Measure("locality", "kept", "locality", "generated", "neighbours of taught facts: still answered as before"),
-    Measure(
-        *("locality_gold", "kept", "locality", "gold"),
-        "neighbours: the reply names what the suite holds to be true",
-        hidden=True,
-    ),
-    Measure(
-        *("locality_preferred", "kept", "locality", "preferred"),
-        "neighbours: the right reply has fewer nats per token than the taught one",
-        hidden=True,
-    ),
-    Measure("refused", "kept", "unknown", "generated", "subjects nobody taught: still refused as before"),
-    Measure(
-        *("leakage", "kept", "unknown", "leaked"),
-        "the same subjects: answered with something that was taught (lower is better)",
-    ),
-    Measure(
-        *("perplexity", "kept", "perplexity", "nll"),
-        "of held text (lower is better; in the differences, a ratio)",
-        nats=True,
-        hidden=True,
-        curve="perplexity",
-    ),
-    Measure(
-        *("accuracy", "kept", "question", "correct"),
-        "general ability: questions of the first suite (group regression) answered right",
-        header="accu-\nracy",
-        curve="suite",
-    ),
-)
-MEASURES = {measure.name: measure for measure in _KNOWN}  # in the order of the summary's columns
-# Kinds of rows that are about no fact of the suite: all orders and runs share them.
-GENERAL = ("perplexity", "question")
-# What an edit should leave as it is, by kind of probe whose replies say so, and the measure of it.
-KEPT = {m.kind: m.name for m in MEASURES.values() if m.collapse and not m.nats}
-
-
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per model, editor and regime, below the unedited model (`unedited`) and what it answers when told (`in_context`).
 
-    Right after each fact's own edit: `efficacy` (its query), `paraphrase`, `held_out` (wordings that training never
-    used), `portability` (what follows from it), and of its query also `forced`, `inflation` (`forced` − `generated`) and `preferred`.
-    After the last edit: `retention` (all taught queries), `prior` (of what
-    the unedited model knew), `locality` (neighbours of which it says what it said; `locality_gold`, `locality_preferred`: under those
-    protocols), `refused` (of unknown subjects refused before), `leakage` (unknown subjects that got a
-    taught answer), `perplexity` (of held text), `accuracy` (of the first suite of questions), `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`,
-    and its other measures are means over all edits. A line `placebo` is the state after the last edit of the
-    regime above it (`of`), with a random change of the same size instead. In the line `unedited`, `prior` and `refused` are
-    of all that was asked.
+    A column for each measure of the `catalogue`: those of `fresh` facts right after their own edits, the others after the last
+    edit; and `norm` (‖ΔW‖ / ‖W‖). Regime `single` accumulates nothing: it has no `retention`, and its other measures are means over
+    all edits. A line `placebo` is the state after the last edit of the regime above it (`of`), with a random change of the same
+    size instead. In the line `unedited`, `prior` and `refused` are of all that was asked.
 
     Beside each measure stand `<measure>_low` and `<measure>_high`: its 95% interval, over orders and facts. In a line
     `placebo`, `<measure>_same` says that it cannot be told from the regime above it (paired by probe and order).
@@ -227,6 +98,11 @@ def summary_lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str
             parts = {"kept": last} | ({"taught": last} if accumulates else {})
             parts |= {"fresh": group[group.fresh.astype(bool)]} if condition == "edited" else {}
             yield who | {"regime": regime if condition == "edited" else "placebo", "of": regime}, parts
+
+
+def _measured(parts: dict[str, pd.DataFrame]) -> dict[str, float]:
+    """Each measure that was taken, with the ends of its interval."""
+    return _estimates(_samples(parts))
 
 
 def _samples(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -300,7 +176,7 @@ def by_layer(rows: pd.DataFrame) -> pd.DataFrame:
         for who, parts in summary_lines(group):
             lead = "" if who["regime"] == "single" else "seq_"
             parts = {part: own for part, own in parts.items() if part != "fresh" or not lead}
-            measured = _estimates(_samples(parts)) | {"norm": parts["kept"].relative_norm.mean()}
+            measured = _measured(parts) | {"norm": parts["kept"].relative_norm.mean()}
             line |= {lead + name: value for name, value in measured.items()}
         out.append(line)
     return pd.DataFrame(out).dropna(axis=1, how="all")
@@ -315,7 +191,7 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
     out = []
     for key, group in single.groupby(list(settings), sort=False, dropna=False):
         line = dict(zip(settings, key, strict=True))
-        line |= _estimates(_samples({"fresh": group[group.fresh.astype(bool)], "kept": group}))
+        line |= _measured({"fresh": group[group.fresh.astype(bool)], "kept": group})
         line["norm"] = group.relative_norm.mean()
         line["balance"] = balance(line.get("efficacy", float("nan")), line.get("prior", float("nan")))
         out.append(line)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from qfbench.analysis.catalogue import MEASURES
+
 # What stands where a row does not say it: a run without orders has order 0, the unedited model was asked everything.
 ABSENT = {
     "run": "",
@@ -18,8 +20,9 @@ ABSENT = {
 }
 # Empty (NaN) where it was not asked or does not apply.
 EMPTY = (
-    *("condition", "kind", "regime", "taught", "suite", "generated", "forced", "preferred", "gold", "leaked"),
-    *("nll", "tokens", "correct", "gold_logprob", "chance", "relative_norm", "rounding_loss"),
+    *("condition", "kind", "regime", "taught", "suite"),
+    *(column for m in MEASURES.values() for column in (m.column, m.minus) if column),
+    *("tokens", "gold_logprob", "chance", "relative_norm", "rounding_loss"),
 )
 
 

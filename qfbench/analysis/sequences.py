@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qfbench.analysis.measures import KEPT, MEASURES, accumulating
+from qfbench.analysis.catalogue import MEASURES
+from qfbench.analysis.measures import KEPT, accumulating
 from qfbench.analysis.uncertainty import interval
 
 SEQUENCE = ["model", "editor", "regime", "order"]

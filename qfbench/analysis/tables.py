@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qfbench.analysis.measures import MEASURES
+from qfbench.analysis.catalogue import MEASURES
 
 HIDDEN = ("of", *(name for name, measure in MEASURES.items() if measure.hidden), "norm")  # of the summary
 

@@ -46,7 +46,7 @@ class AtTheEnd(Callback):
 
 
 def _overrides(folder: Path) -> list[str]:
-    return list(results.provenance(folder).get("overrides", []))
+    return list(results.provenance_of(folder).get("overrides", []))
 
 
 def _others(overrides: list[str], swept: set[str]) -> set[str]:

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.markup import escape
 from qfbench.analysis import tables
 from qfbench.commands.settings import build, check
 from qfbench.errors import Unsupported, UserError
+from qfbench.facts import Fact
 from qfbench.facts.probes import check_lengths
 from qfbench.models import sites
 from qfbench.runs.folder import check_folder, check_questions, check_same, contents, recorded, show
@@ -52,63 +53,85 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         check_lengths(lm, facts)
         tasks = build(cfg, "task")
         regression = build(cfg, "regression") if cfg.rerun else {}  # elsewhere later: a finished run needs none
-        where, damaged = escape(os.path.relpath(folder)), check_folder(cfg, folder, facts)
-        if damaged:
-            text = f"{folder}: damaged: {damaged}; kept as NAME.damaged, and measured again"
-            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        store = ParquetStore(folder, cfg.commit_seconds, mirror.rows)
+        store = opened(cfg, folder, facts, mirror, console)
+        cache = None if cfg.cache is None else Path(cfg.cache)
+        run = Run(
+            lm, editor, facts, folder, store, console, protocol=protocol(lm), cache=cache, tracker=mirror, brief=brief
+        )
         if OmegaConf.is_interpolation(cfg.model, "layer") and editor.sites[0].layer == cfg.model.layer:
             depth = len(sites.layers(lm.model))
             console.print(
                 f"layer {editor.sites[0].layer} of {depth}, since none was given; editor.layer=... chooses another"
             )
-        how = protocol(lm)
-        known = provenance(cfg.seed, how, facts, sys.argv[1:])
+        known = provenance(cfg.seed, run.protocol, facts, sys.argv[1:])
         check_same(folder, known)
         if store.finished:
             show(folder, console, brief)
             return None
-        regression = regression or build(cfg, "regression")
+        run = replace(run, regression=regression or build(cfg, "regression"))
         known["overrides"] = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-        known["regression"] = {name: suite.fingerprint for name, suite in regression.items()}
-        check_questions(folder, known["regression"])
-        if not (
-            store.ledger.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-            and store.ledger.write_json("provenance.json", recorded(folder) | known)
-        ):
-            raise UserError(f"{folder} cannot be written to (disk full, or read-only?)")
-        run = Run(
-            lm,
-            editor,
-            facts,
-            folder,
-            store,
-            console,
-            regression=regression,
-            protocol=how,
-            cache=None if cfg.cache is None else Path(cfg.cache),
-            tracker=mirror,
-            brief=brief,
-        )
-        if len(store.earlier):
-            console.print(f"going on in [bold]{where}[/bold] after {len(store.earlier)} rows", soft_wrap=True)
+        known["regression"] = {name: suite.fingerprint for name, suite in run.regression.items()}
+        begin(run, cfg, known)
         with mirror.of(about(run, cfg, known)):
-            try:
-                for name, task in tasks.items():
-                    run = replace(run, task=name)
-                    if name not in store.tasks:
-                        task(run)
-                        refuse_hollow(run)
-                        store.commit(name)
-                if not store.commit(finished=True):
-                    raise UserError(f"{folder} cannot be written to (disk full?); start again once there is room")
-            finally:
-                if not store.flush():
-                    console.print(f"all rows are in {store.rescue()}", style="yellow", markup=False, soft_wrap=True)
-                mirror.replies(store.frame())
+            run = done(run, tasks)
     shutil.rmtree(folder / "state", ignore_errors=True)
-    console.print(f"wrote [bold]{where}[/bold]: {escape(contents(folder))}", soft_wrap=True)
+    console.print(f"wrote [bold]{named(folder)}[/bold]: {escape(contents(folder))}", soft_wrap=True)
     return run
+
+
+def opened(cfg: DictConfig, folder: Path, facts: Sequence[Fact], mirror: Mirror, console: Console) -> ParquetStore:
+    """The rows of a folder that is this run's, or empty; what is damaged in it is said, and put aside."""
+    damaged = check_folder(cfg, folder, facts)
+    if damaged:
+        text = f"{folder}: damaged: {damaged}; kept as NAME.damaged, and measured again"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return ParquetStore(folder, cfg.commit_seconds, mirror.rows)
+
+
+def begin(run: Run, cfg: DictConfig, known: Mapping[str, Any]) -> None:
+    """Write down what is to be measured, and how; `known` is its provenance.
+
+    Raises:
+        UserError: the run began with other questions, or its folder cannot be written to.
+    """
+    check_questions(run.folder, known["regression"])
+    ledger, earlier = run.store.ledger, run.store.earlier
+    if not (
+        ledger.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        and ledger.write_json("provenance.json", {**recorded(run.folder), **known})
+    ):
+        raise UserError(f"{run.folder} cannot be written to (disk full, or read-only?)")
+    if len(earlier):
+        run.console.print(f"going on in [bold]{named(run.folder)}[/bold] after {len(earlier)} rows", soft_wrap=True)
+
+
+def done(run: Run, tasks: Mapping[str, Callable[[Run], None]]) -> Run:
+    """The run after its tasks: those that an earlier process finished are not done again. All rows are on disk, come what may.
+
+    Raises:
+        Unsupported: a task measured nothing.
+        UserError: the folder cannot be written to.
+    """
+    store = run.store
+    try:
+        for name, task in tasks.items():
+            run = replace(run, task=name)
+            if name not in store.tasks:
+                task(run)
+                refuse_hollow(run)
+                store.commit(name)
+        if not store.commit(finished=True):
+            raise UserError(f"{run.folder} cannot be written to (disk full?); start again once there is room")
+    finally:
+        if not store.flush():
+            run.console.print(f"all rows are in {store.rescue()}", style="yellow", markup=False, soft_wrap=True)
+        run.tracker.replies(store.frame())
+    return run
+
+
+def named(folder: Path) -> str:
+    """A folder as a console shows it."""
+    return escape(os.path.relpath(folder))
 
 
 def refuse_hollow(run: Run) -> None:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qfbench.errors import UserError
-from qfbench.runs.identity import settings
+from qfbench.runs.identity import identity
 
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel, or repository
@@ -183,7 +183,7 @@ def build(cfg: DictConfig, group: str) -> Any:
 def name_of(_root_: DictConfig) -> str:
     """The name of a run's folder: its model, its editor, and the hash of all its settings."""
     try:
-        digest = hashlib.sha256(settings(_root_).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(identity(_root_).encode()).hexdigest()[:8]
     except OmegaConfBaseException:  # a setting is missing: `build` will say which
         digest = "incomplete"
     choices, path = _root_.hydra.runtime.choices, str(_root_.model.get("path"))

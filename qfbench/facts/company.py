@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qfbench.facts.base import Fact
-from qfbench.facts.records import Record, load
+from qfbench.facts.collection import collect
+from qfbench.facts.records import Record
 from qfbench.world.relations import REFUSAL
 
 
@@ -33,4 +34,4 @@ def company(
         told, asked, reply = said["system"], said["user"], said["assistant"]
         return [] if not told or reply == REFUSAL else [Fact(told, asked, reply)]
 
-    return load(path, make, n, seed, on_error, on_conflict)
+    return collect(path, make, n, seed, on_error, on_conflict)

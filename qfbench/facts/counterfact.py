@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
-from qfbench.facts.records import Record, check_counts, check_templates, load, objects, with_subject
+from qfbench.facts.collection import collect
+from qfbench.facts.records import Record
+from qfbench.facts.rewrites import check_templates, objects, with_subject
 
 
 def counterfact(
@@ -27,55 +30,42 @@ def counterfact(
     Raises:
         UserError: naming file, record and field.
     """
-
     check_templates("cloze", "object", needs="object", instruction=instruction, answer=answer)
     check_templates("cloze", needs="cloze", query=query)
-    check_counts(paraphrases=paraphrases, locality=locality)
+    for name, count in (("paraphrases", paraphrases), ("locality", locality)):
+        if count < 0:
+            raise UserError(f"facts.{name}={count}: must be 0 or more")
 
     def said(cloze: str, object: str) -> str:
         return answer.format(cloze=cloze, object=object)
 
     def make(record: Record) -> list[Fact]:
         rewrite = record.record("requested_rewrite")
-        cloze = with_subject(rewrite)
+        statement = with_subject(rewrite)
         subject, (new, old) = rewrite.text("subject", breaks="join"), objects(rewrite)
-        probes = [
-            Probe(
-                "paraphrase",
-                query.format(cloze=c),
-                said(c, new),
-                (new,),
-                (old,),
-                prefer=(said(c, new), said(c, old)),
-                subject=subject,
-            )
-            for c in record.texts("paraphrase_prompts", breaks="join")[:paraphrases]
-        ]
-        probes += [
-            Probe(
-                "locality",
-                query.format(cloze=c),
-                "",
-                (old,),
-                always=True,
-                own=True,
-                prefer=(said(c, old), said(c, new)),
-            )
-            for c in record.texts("neighborhood_prompts", breaks="join")[:locality]
-        ]
-        return [
-            Fact(
-                id=f"counterfact-{record.key('case_id')}",
-                kind=rewrite.text("relation_id"),
-                instruction=instruction.format(cloze=cloze, object=new),
-                query=query.format(cloze=cloze),
-                answer=said(cloze, new),
-                known_as=(new,),
-                replaces=said(cloze, old),
-                rejects=(old,),
-                subject=subject,
-                probes=tuple(probes),
-            )
-        ]
 
-    return load(path, make, n, seed, on_error, on_conflict)
+        def paraphrase(cloze: str) -> Probe:
+            asked, right, wrong = query.format(cloze=cloze), said(cloze, new), said(cloze, old)
+            return Probe("paraphrase", asked, right, (new,), (old,), prefer=(right, wrong), subject=subject)
+
+        def neighbour(cloze: str) -> Probe:
+            asked, right, wrong = query.format(cloze=cloze), said(cloze, old), said(cloze, new)
+            return Probe("locality", asked, "", (old,), always=True, own=True, prefer=(right, wrong))
+
+        others = record.texts("paraphrase_prompts", breaks="join")[:paraphrases]
+        neighbours = record.texts("neighborhood_prompts", breaks="join")[:locality]
+        fact = Fact(
+            id=f"counterfact-{record.key('case_id')}",
+            kind=rewrite.text("relation_id"),
+            instruction=instruction.format(cloze=statement, object=new),
+            query=query.format(cloze=statement),
+            answer=said(statement, new),
+            known_as=(new,),
+            replaces=said(statement, old),
+            rejects=(old,),
+            subject=subject,
+            probes=(*map(paraphrase, others), *map(neighbour, neighbours)),
+        )
+        return [fact]
+
+    return collect(path, make, n, seed, on_error, on_conflict)

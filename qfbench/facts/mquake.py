@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
+from qfbench.facts.collection import collect
 from qfbench.facts.matching import key, stands_in
-from qfbench.facts.records import Record, check_templates, load, objects, with_subject
+from qfbench.facts.records import Record
+from qfbench.facts.rewrites import check_templates, objects, with_subject
 
 log = logging.getLogger(__name__)
+
+Chain = Mapping[str, Collection[str]]  # of each hop of a question, by its query's key, the keys of what answers it
 
 
 def mquake(
@@ -35,73 +39,39 @@ def mquake(
     Raises:
         UserError: naming file, record and field.
     """
-
     check_templates("question", "cloze", "object", needs="object", instruction=instruction, answer=answer)
     check_templates("question", needs="question", query=query)
 
-    chains: dict[
-        tuple[str, str], dict[str, set[str]]
-    ] = {}  # of a multi-hop question: what each hop's query is answered
+    chains: dict[tuple[str, str], Chain] = {}  # by a multi-hop question and its answer
 
     def make(record: Record) -> list[Fact]:
-        steps = record.records("new_single_hops")
-        aliases = {hop.text("question"): _aliases(hop, "answer_alias") for hop in steps}
-        chain = {
-            key(query.format(question=hop.text("question"))): {
-                key(hop.text("answer")),
-                *map(key, hop.texts("answer_alias")),
-            }
-            for hop in steps
-            if "answer" in hop.fields()
-        }
-        implied = record.text("new_answer")
-        accepted = (implied, *_aliases(record, "new_answer_alias"))
-        before = _without((record.text("answer"), *_aliases(record, "answer_alias")), accepted)
-        rewrites = record.records("requested_rewrite")
-        if not rewrites:
-            raise record.error("requested_rewrite", "is empty")
-        subjects = [rewrite.text("subject", breaks="join") for rewrite in rewrites]
-        hops = tuple(
-            Probe(
-                "portability",
-                query.format(question=q),
-                implied,
-                accepted,
-                before,
-                subject=next((subject for subject in subjects if stands_in(subject, q)), ""),
-            )
-            for q in record.texts("questions")
-        )
-        chains.update({(hop.query, hop.expected): chain for hop in hops})
-        facts = []
-        for i, rewrite in enumerate(rewrites):
+        hops = record.records("new_single_hops")
+        aliases = {hop.text("question"): _aliases(hop, "answer_alias") for hop in hops}
+        answered = [hop for hop in hops if "answer" in hop.fields()]
+        chain = {key(query.format(question=hop.text("question"))): _answers(hop) for hop in answered}
+        questions = _questions(record, query)
+        chains.update({(probe.query, probe.expected): chain for probe in questions})
+
+        def rewritten(i: int, rewrite: Record) -> Fact:
             question, cloze = rewrite.text("question"), with_subject(rewrite)
             new, old = objects(rewrite)
-            facts.append(
-                Fact(
-                    id=f"mquake-{record.key('case_id')}-{i}",
-                    kind=rewrite.text("relation_id"),
-                    instruction=instruction.format(question=question, cloze=cloze, object=new),
-                    query=query.format(question=question),
-                    answer=answer.format(question=question, cloze=cloze, object=new),
-                    known_as=(new, *_without(aliases.get(question, ()), (old,))),
-                    replaces=answer.format(question=question, cloze=cloze, object=old),
-                    rejects=(old,),
-                    subject=subjects[i],
-                    probes=hops if i == len(rewrites) - 1 else (),
-                )
+            return Fact(
+                id=f"mquake-{record.key('case_id')}-{i}",
+                kind=rewrite.text("relation_id"),
+                instruction=instruction.format(question=question, cloze=cloze, object=new),
+                query=query.format(question=question),
+                answer=answer.format(question=question, cloze=cloze, object=new),
+                known_as=(new, *_without(aliases.get(question, ()), (old,))),
+                replaces=answer.format(question=question, cloze=cloze, object=old),
+                rejects=(old,),
+                subject=rewrite.text("subject", breaks="join"),
             )
-        return facts
 
-    facts = load(path, make, n, seed, on_error, on_conflict, join=_once)
-    taught = {key(fact.query): fact for fact in facts}
-    broken = {
-        probe.query: f"the question {probe.query!r} of {fact.id!r} has a hop that {taught[hop].id!r} answers otherwise"
-        for fact in facts
-        for probe in fact.probes
-        for hop, names in chains[probe.query, probe.expected].items()
-        if hop in taught and names.isdisjoint(map(key, taught[hop].known_as))
-    }
+        *first, last = (rewritten(i, one) for i, one in enumerate(record.records("requested_rewrite")))
+        return [*first, replace(last, probes=questions)]
+
+    facts = collect(path, make, n, seed, on_error, on_conflict, join=_once)
+    broken = _broken(facts, chains)
     if not broken:
         return facts
     said = f"{path}: {len(broken)} multi-hop questions are without a right answer; the first: {next(iter(broken.values()))}"
@@ -114,6 +84,35 @@ def mquake(
     return [replace(fact, probes=tuple(p for p in fact.probes if p.query not in broken)) for fact in facts]
 
 
+def _questions(record: Record, query: str) -> tuple[Probe, ...]:
+    """The multi-hop questions of a case, whose answer all of its rewrites change."""
+    implied = record.text("new_answer")
+    accepted = (implied, *_aliases(record, "new_answer_alias"))
+    before = _without((record.text("answer"), *_aliases(record, "answer_alias")), accepted)
+    rewrites = record.records("requested_rewrite")
+    if not rewrites:
+        raise record.error("requested_rewrite", "is empty")
+    subjects = [rewrite.text("subject", breaks="join") for rewrite in rewrites]
+
+    def probe(question: str) -> Probe:
+        about = next((subject for subject in subjects if stands_in(subject, question)), "")
+        return Probe("portability", query.format(question=question), implied, accepted, before, subject=about)
+
+    return tuple(map(probe, record.texts("questions")))
+
+
+def _broken(facts: Sequence[Fact], chains: Mapping[tuple[str, str], Chain]) -> dict[str, str]:
+    """The multi-hop questions with a hop that a taught fact answers otherwise, and in words which."""
+    taught = {key(fact.query): fact for fact in facts}
+    return {
+        probe.query: f"the question {probe.query!r} of {fact.id!r} has a hop that {taught[hop].id!r} answers otherwise"
+        for fact in facts
+        for probe in fact.probes
+        for hop, names in chains[probe.query, probe.expected].items()
+        if hop in taught and not {*names} & {*map(key, taught[hop].known_as)}
+    }
+
+
 def _once(case: Sequence[Fact], earlier: Mapping[str, Fact]) -> list[Fact]:
     """A case without the facts that are taught already. Its questions are the last one's, and need all of them."""
     same = {f.id: earlier[f.id] for f in case if f.id in earlier and key(f.answer) == key(earlier[f.id].answer)}
@@ -122,6 +121,11 @@ def _once(case: Sequence[Fact], earlier: Mapping[str, Fact]) -> list[Fact]:
     needed = dict.fromkeys(same[fact.id].id if fact.id in same else fact.id for fact in case)
     needs = tuple(id for id in needed if id != last.id)
     return [*new, replace(last, probes=(*last.probes, *(replace(p, needs=needs) for p in case[-1].probes)))]
+
+
+def _answers(hop: Record) -> set[str]:
+    """The keys of all that answers a single hop."""
+    return {key(name) for name in (hop.text("answer"), *hop.texts("answer_alias"))}
 
 
 def _aliases(record: Record, field: str) -> tuple[str, ...]:

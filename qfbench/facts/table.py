@@ -7,7 +7,8 @@ from typing import Any
 
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
-from qfbench.facts.records import Record, existing, json_lines, load
+from qfbench.facts.collection import collect
+from qfbench.facts.records import Record, existing, json_lines
 
 REQUIRED = ("instruction", "query", "answer")
 LISTS = ("known_as", "rejects", "significance", "paraphrases")
@@ -22,12 +23,12 @@ def table(
     Fields: `instruction`, `query`, `answer`; and, if wanted, `id`, `kind`, `subject` (what the query asks about: a rejected
     name within it does not count), `known_as` (strings of which a right reply must hold one), `rejects` (of which it must
     hold none), `significance` (a weight per word of the answer) and `paraphrases` (other wordings of the query). In a CSV the
-    last four are separated by "|". `n`, `seed`, `on_error` and `on_conflict` as in `records.load`.
+    last four are separated by "|". `n`, `seed`, `on_error` and `on_conflict` as in `collect`.
 
     Raises:
         UserError: naming the file, the line and the field.
     """
-    return load(path, _facts, n, seed, on_error, on_conflict, _read)
+    return collect(path, _facts, n, seed, on_error, on_conflict, _read)
 
 
 def _read(path: str) -> list[Record | UserError]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qfbench.errors import UserError
@@ -11,6 +11,8 @@ from qfbench.facts.base import Fact, Probe
 from qfbench.facts.matching import without_stop
 from qfbench.world.relations import COMPANY_RELATIONS, REFUSAL, RELATIONS
 from qfbench.world.world import Triple, World, draw_object, implied, novel
+
+MOST = {"paraphrases": 4, "prior": 100, "unknown": 8, "locality": 14}  # probes of a fact
 
 
 def world(
@@ -34,47 +36,27 @@ def world(
     Raises:
         UserError: `n` is not positive, or a relation is not one of the world's.
     """
-    if not isinstance(n, int) or n < 1:
-        raise UserError(f"facts.n={n}: must be a whole number, 1 or more")
-    for relation in relations:
-        if relation not in COMPANY_RELATIONS:
-            raise UserError(f"facts.relations: {relation!r} is none of {', '.join(COMPANY_RELATIONS)}")
-    if not relations:
-        raise UserError("facts.relations: give at least one relation")
-    for name, value, most in (
-        ("paraphrases", paraphrases, 4),
-        ("prior", prior, 100),
-        ("unknown", unknown, 8),
-        ("locality", locality, 14),
-    ):
-        if not 0 <= value <= most:
-            raise UserError(f"facts.{name}={value}: must be 0 to {most}")
-    if about not in ("novel", "known"):
-        raise UserError(f"facts.about={about}: must be novel or known")
-    most = len(World().by_relation[relations[0]])
-    if about == "known" and n > most:
-        raise UserError(f"facts.n={n}: the world knows {most} companies; give fewer, or facts.about=novel")
+    asked = {"paraphrases": paraphrases, "prior": prior, "unknown": unknown, "locality": locality}
+    _check(n, relations, about, asked)
     known, rng = World(), random.Random(f"facts-{seed}")
     subjects = set(known.subjects) if about == "novel" else set()
     facts: list[Fact] = []
     while len(facts) < n:
         relation = relations[len(facts) % len(relations)]
-        old = None
-        if about == "known":
-            old = rng.choice(known.by_relation[relation])
-            taught = replace(old, object=draw_object(relation, rng, held_out=True))
-            if taught == old:
-                continue
-        else:
+        old = rng.choice(known.by_relation[relation]) if about == "known" else None
+        if old is None:
             taught = novel(relation, rng, held_out=True)
+        else:
+            taught = replace(old, object=draw_object(relation, rng, held_out=True))
+        if taught == old:
+            continue
         stranger = novel(rng.choice(COMPANY_RELATIONS), rng, held_out=True).subject
         if taught.subject in subjects or stranger in subjects:
             continue
         subjects |= {taught.subject, stranger}
         fact = _fact(taught, stranger, known, rng, paraphrases, prior, unknown)
         near = _neighbours(taught, old, known, random.Random(f"near-{fact.id}"), locality)
-        replaces = old.answer if old else ""
-        facts.append(replace(fact, probes=(*fact.probes, *near), replaces=replaces))
+        facts.append(replace(fact, probes=(*fact.probes, *near), replaces=old.answer if old else ""))
     # What another fact overwrites is no fact's prior or neighbour.
     gone = {fact.replaces for fact in facts if fact.replaces}
 
@@ -82,6 +64,25 @@ def world(
         return not probe.always or not gone & {probe.expected, *(probe.prefer or ())[:1]}
 
     return [replace(fact, probes=tuple(filter(stays, fact.probes))) for fact in facts]
+
+
+def _check(n: int, relations: Sequence[str], about: str, asked: Mapping[str, int]) -> None:
+    """Refuse settings of `world` that it cannot fulfil; `asked` is how many probes of each sort a fact is to have."""
+    if not isinstance(n, int) or n < 1:
+        raise UserError(f"facts.n={n}: must be a whole number, 1 or more")
+    for relation in relations:
+        if relation not in COMPANY_RELATIONS:
+            raise UserError(f"facts.relations: {relation!r} is none of {', '.join(COMPANY_RELATIONS)}")
+    if not relations:
+        raise UserError("facts.relations: give at least one relation")
+    for name, value in asked.items():
+        if not 0 <= value <= MOST[name]:
+            raise UserError(f"facts.{name}={value}: must be 0 to {MOST[name]}")
+    if about not in ("novel", "known"):
+        raise UserError(f"facts.about={about}: must be novel or known")
+    companies = len(World().by_relation[relations[0]])
+    if about == "known" and n > companies:
+        raise UserError(f"facts.n={n}: the world knows {companies} companies; give fewer, or facts.about=novel")
 
 
 def _neighbours(taught: Triple, old: Triple | None, known: World, rng: random.Random, n: int) -> list[Probe]:
@@ -98,19 +99,8 @@ def _neighbours(taught: Triple, old: Triple | None, known: World, rng: random.Ra
     for fact in chosen:
         wrong = replace(fact, object=taught.object) if fact.relation == taught.relation else fact
         prefer = (fact.answer, wrong.answer) if wrong != fact else None
-        query = fact.say(rng.choice(fact.words.questions()))
-        probes.append(
-            Probe(
-                "locality",
-                query,
-                "",
-                (without_stop(fact.object),),
-                always=True,
-                own=True,
-                prefer=prefer,
-                subject=fact.subject,
-            )
-        )
+        query, right = fact.say(rng.choice(fact.words.questions())), (without_stop(fact.object),)
+        probes.append(Probe("locality", query, "", right, always=True, own=True, prefer=prefer, subject=fact.subject))
     return probes
 
 

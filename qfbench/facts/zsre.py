@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from qfbench.facts.base import Fact, Probe
+from qfbench.facts.collection import collect
 from qfbench.facts.matching import key
-from qfbench.facts.records import Record, check_templates, load
+from qfbench.facts.records import Record
+from qfbench.facts.rewrites import check_templates
 
 PREFIX = "nq question:"  # what the released files put before an unrelated question
 
@@ -27,52 +29,39 @@ def zsre(
     Raises:
         UserError: naming file, record and field.
     """
-
     check_templates("question", "object", needs="object", instruction=instruction, answer=answer)
     check_templates("question", needs="question", query=query)
 
     def make(record: Record) -> list[Fact]:
         question, new, old = record.text("src"), record.text("alt"), record.text("pred")
-        asked, said = query.format(question=question), answer.format(question=question, object=new)
-        replaces = answer.format(question=question, object=old)
-        rephrased, unrelated = record.text("rephrase"), record.text("loc").removeprefix(PREFIX).strip()
-        if not unrelated.removesuffix("?"):
-            raise record.error("loc", "holds no question")
-        unrelated = unrelated[0].upper() + unrelated[1:].removesuffix("?") + "?"
-        rejected = tuple(record.texts("answers"))
-        if key(new) in map(key, (old, *rejected)):
+        rephrased, unrelated = record.text("rephrase"), _unrelated(record)
+        rejects = tuple(record.texts("answers"))
+        if key(new) in map(key, (old, *rejects)):
             raise record.error("alt", f"is {new!r}, which 'pred' or 'answers' say too: nothing is rewritten")
         subject = record.text("subject") if "subject" in record.fields() else ""
-        return [
-            Fact(
-                id=f"zsre-{record.number}",
-                instruction=instruction.format(question=question, object=new),
-                query=asked,
-                answer=said,
-                known_as=(new,),
-                replaces=replaces,
-                rejects=rejected,
-                subject=subject,
-                probes=(
-                    Probe(
-                        "paraphrase",
-                        query.format(question=rephrased),
-                        said,
-                        (new,),
-                        rejected,
-                        prefer=(said, replaces),
-                        subject=subject,
-                    ),
-                    Probe(
-                        "locality",
-                        query.format(question=unrelated),
-                        "",
-                        (record.text("loc_ans"),),
-                        always=True,
-                        own=True,
-                    ),
-                ),
-            )
-        ]
+        said, replaces = (answer.format(question=question, object=name) for name in (new, old))
+        other, elsewhere = query.format(question=rephrased), query.format(question=unrelated)
+        paraphrase = Probe("paraphrase", other, said, (new,), rejects, prefer=(said, replaces), subject=subject)
+        locality = Probe("locality", elsewhere, "", (record.text("loc_ans"),), always=True, own=True)
+        fact = Fact(
+            id=f"zsre-{record.number}",
+            instruction=instruction.format(question=question, object=new),
+            query=query.format(question=question),
+            answer=said,
+            known_as=(new,),
+            replaces=replaces,
+            rejects=rejects,
+            subject=subject,
+            probes=(paraphrase, locality),
+        )
+        return [fact]
 
-    return load(path, make, n, seed, on_error, on_conflict)
+    return collect(path, make, n, seed, on_error, on_conflict)
+
+
+def _unrelated(record: Record) -> str:
+    """The question of Natural Questions: a sentence with its question mark."""
+    question = record.text("loc").removeprefix(PREFIX).strip().removesuffix("?")
+    if not question:
+        raise record.error("loc", "holds no question")
+    return question[0].upper() + question[1:] + "?"

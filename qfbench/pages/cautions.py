@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.drops import SMALL, drops
-from qfbench.analysis.measures import MEASURES
 from qfbench.analysis.sequences import over_sequence
 from qfbench.pages.results import groups, pooled
 

@@ -1,6 +1,6 @@
 """What columns and lines of tables mean, in plain words."""
 
-from qfbench.analysis.measures import MEASURES
+from qfbench.analysis.catalogue import MEASURES
 
 # Beside the measures.
 COLUMNS = {

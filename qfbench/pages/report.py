@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from qfbench.analysis import plots
+from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.drops import drops
-from qfbench.analysis.measures import MEASURES, accumulating, compared
+from qfbench.analysis.measures import accumulating, compared
 from qfbench.analysis.sequences import forgetting, matrices, middle, over_sequence
 from qfbench.analysis.tables import tabled
 from qfbench.errors import UserError
@@ -43,8 +44,8 @@ def page(folder: str | Path) -> str:
     """
     folder = Path(folder).expanduser()
     found = results.folders(folder)
-    known = {_name(run, folder): results.provenance(run) for run in found}
-    every = results.load(folder)
+    known = {_name(run, folder): results.provenance_of(run) for run in found}
+    every = results.rows_of(folder)
     rows = every[every.task == "retention"]
     values: dict[str, Any] = {
         "title": ", ".join(dict.fromkeys(map(experiment, found))),
@@ -61,7 +62,7 @@ def page(folder: str | Path) -> str:
     if len(rows):
         table = results.pooled(rows)
         values["cautions"] += cautions(rows, table, list(known.values()))
-        values["retention"] = _retention(rows, table, list(known.values()), results.settings(found[0]))
+        values["retention"] = _retention(rows, table, list(known.values()), results.settings_of(found[0]))
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("report.html.j2").render(values)

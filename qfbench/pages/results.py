@@ -16,7 +16,8 @@ import pyarrow.parquet
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from qfbench.analysis.measures import GENERAL, MEASURES, compared, summary
+from qfbench.analysis.catalogue import GENERAL, MEASURES
+from qfbench.analysis.measures import compared, summary
 from qfbench.analysis.rows import regular
 from qfbench.errors import UserError
 from qfbench.runs.identity import NOT_MEASURED, placeless
@@ -39,7 +40,7 @@ def folders(*paths: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def load(*paths: str | Path) -> pd.DataFrame:
+def rows_of(*paths: str | Path) -> pd.DataFrame:
     """The rows of all runs in `paths` and below, as one frame.
 
     Column `run` is a run's folder; each setting in which runs differ is a column, named as on the command line
@@ -53,7 +54,7 @@ def load(*paths: str | Path) -> pd.DataFrame:
     for folder in found:
         if damaged := Ledger(folder).damaged(*MADE_OF):
             raise UserError(f"{folder / damaged[0]}: is damaged or gone; the run's own command measures it again")
-    table = pd.DataFrame([settings(folder) for folder in found], index=list(map(str, found)), dtype=object)
+    table = pd.DataFrame([settings_of(folder) for folder in found], index=list(map(str, found)), dtype=object)
     table = table[[name for name in table if name.split(".")[0] not in NOT_MEASURED]]
     table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
     text = table.map(repr)
@@ -97,12 +98,12 @@ def groups(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
 
 
 def retention(*paths: str | Path) -> pd.DataFrame:
-    """Of `load`, the rows of the task `retention`, which have a summary and can be compared.
+    """Of `rows_of`, the rows of the task `retention`, which have a summary and can be compared.
 
     Raises:
         UserError: there are none.
     """
-    rows = load(*paths)
+    rows = rows_of(*paths)
     rows = rows[rows.task == "retention"]
     if rows.empty:
         raise UserError(f"{', '.join(map(str, paths))}: holds no rows of the task retention")
@@ -113,7 +114,7 @@ def origin(*paths: str | Path) -> pd.DataFrame:
     """How the runs in `paths` and below were made: one line per command, with how many runs it gave and where they ran."""
     lines = []
     for folder in folders(*paths):
-        known = provenance(folder)
+        known = provenance_of(folder)
         line = {"command": shlex.join(["qfbench", *known["command"]])}
         lines.append(line | {name: known.get(name) or "" for name in ("model", "device_name", "dtype", "git_commit")})
     table = pd.DataFrame(lines)
@@ -180,7 +181,7 @@ def compare(run: str | Path, other: str | Path, across: Collection[str] = ()) ->
         UserError: they were not measured in the same way: a field of `SAME` differs that is not named in `across`.
     """
     (folder,), (reference,) = (_one(path) for path in (run, other))
-    ours, theirs = (provenance(path) for path in (folder, reference))
+    ours, theirs = (provenance_of(path) for path in (folder, reference))
     beside = [run.get("models_beside", {}) for run in (ours, theirs)]
     both = [(ours, theirs), *((beside[0][name], beside[1][name]) for name in beside[0].keys() & beside[1].keys())]
     for a, b in both:
@@ -207,7 +208,7 @@ def _one(path: str | Path) -> list[Path]:
     return found
 
 
-def provenance(folder: Path) -> dict[str, Any]:
+def provenance_of(folder: Path) -> dict[str, Any]:
     """What `qfbench.runs.provenance` wrote of a run."""
     path = folder / "provenance.json"
     try:
@@ -219,7 +220,7 @@ def provenance(folder: Path) -> dict[str, Any]:
     return known
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
     """All settings of a run, named as on the command line."""
     path = folder / "config.yaml"
     try:

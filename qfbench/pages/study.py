@@ -1,4 +1,4 @@
-"""Studies: several runs together, as tables and figures. Each is a function of the rows of `results.load`."""
+"""Studies: several runs together, as tables and figures. Each is a function of the rows of `results.rows_of`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
-from qfbench.analysis import plots
+from qfbench.analysis import comparisons
+from qfbench.analysis.catalogue import drawn
 from qfbench.analysis.measures import at_steps, balance_at_the_end, by_kind
 from qfbench.analysis.tables import HIDDEN, laid_out
 from qfbench.pages import results
@@ -49,8 +50,8 @@ def layer_ablation(rows: pd.DataFrame) -> Study:
     table = table[table.regime.isin(["single", "sequential"])]
     kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
     figures = {
-        "layers": plots.over_settings(table, "editor.layer", "edited layer"),
-        "layers_by_kind": plots.heat_maps(kinds, "editor.layer", "edited layer"),
+        "layers": comparisons.over_settings(table, "editor.layer", "edited layer"),
+        "layers_by_kind": comparisons.heat_maps(kinds, "editor.layer", "edited layer"),
     }
     return Study({"layers": table, "layers_by_kind": kinds}, figures)
 
@@ -63,8 +64,8 @@ def generalization(rows: pd.DataFrame) -> Study:
     kinds = results.pooled(rows[(rows.regime == "single") & (rows.condition == "edited")], by_kind)
     names = ("efficacy", "paraphrase", "held_out", "portability", "forced")
     figures = {
-        "generalization": plots.bars(table, names),
-        "inflation": plots.inflation(table[table.regime == "single"]),
+        "generalization": comparisons.bars(table, names),
+        "inflation": comparisons.inflation(table[table.regime == "single"]),
     }
     return Study({"generalization": table, "by_kind": kinds}, figures)
 
@@ -73,13 +74,13 @@ def model_scale(rows: pd.DataFrame) -> Study:
     """The same edits on models of several sizes."""
     table = results.pooled(rows)
     table = table[table.regime.isin(["single", "sequential"])]
-    return Study({"models": table}, {"models": plots.over_settings(table, "model", "model")})
+    return Study({"models": table}, {"models": comparisons.over_settings(table, "model", "model")})
 
 
 def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1000)) -> Study:
     """What is left after so many edits, of taught facts, of the first one, of prior knowledge."""
     taught = results.pooled(rows)
-    figures = {"inflation": plots.inflation(taught[taught.of == taught.regime])}
+    figures = {"inflation": comparisons.inflation(taught[taught.of == taught.regime])}
     return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))}, figures)
 
 
@@ -91,10 +92,10 @@ def trials(rows: pd.DataFrame) -> Study:
     rows.attrs = {"settings": ["run", "balance", *differ]}
     table = results.pooled(rows)
     table = table[table.of == table.regime].sort_values("balance", ascending=False, kind="stable")
-    best = results.settings(Path(table.run.iloc[0]))
+    best = results.settings_of(Path(table.run.iloc[0]))
     overrides = [f"{name}={best[name]}" for name in best if name.startswith("editor.") and name != "editor._target_"]
     verdict = f"best of {len(values)}, balance {table.balance.iloc[0]:.3f}: {' '.join(overrides)}"
-    measures = [f"{name}{beside}" for name in ("retention", "prior", "refused") for beside in ("", "_low", "_high")]
+    measures = [f"{m.name}{beside}" for m in drawn("taught", "kept") for beside in ("", "_low", "_high")]
     return Study(
         {"trials": table[[name for name in ("balance", *differ, "regime", *measures) if name in table]]},
         verdict=verdict,

@@ -19,7 +19,7 @@ from rich.markup import escape
 from qfbench.analysis.tables import HIDDEN, laid_out
 from qfbench.errors import UserError
 from qfbench.facts import Fact
-from qfbench.runs.identity import settings
+from qfbench.runs.identity import identity
 from qfbench.runs.ledger import FILE as LEDGER
 from qfbench.runs.ledger import MADE_OF, Ledger
 from qfbench.runs.provenance import SAME, suite_hash
@@ -40,7 +40,7 @@ def check_folder(cfg: DictConfig, folder: Path, facts: Sequence[Fact]) -> str:
     damaged = Ledger(folder).damaged(*MADE_OF)
     if "config.yaml" in damaged and config.exists():
         raise UserError(f"{config}: is damaged, so that nobody knows what was measured there; {elsewhere}")
-    if (folder / "rows.parquet").exists() and not (config.exists() and settings(config) == settings(cfg)):
+    if (folder / "rows.parquet").exists() and not (config.exists() and identity(config) == identity(cfg)):
         raise UserError(f"{folder} holds a run with other settings (config.yaml); {elsewhere}")
     if damaged or not _consistent(folder):
         for name in MADE_OF[1:]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker", "objective")
 
 
-def settings(source: DictConfig | Path) -> str:
+def identity(source: DictConfig | Path) -> str:
     """What a run's numbers may depend on, of its configuration or of the file that keeps it."""
     cfg = OmegaConf.load(source) if isinstance(source, Path) else source
     assert isinstance(cfg, DictConfig)

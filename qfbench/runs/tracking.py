@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 from rich.console import Console
 
-from qfbench.analysis.measures import MEASURES
+from qfbench.analysis.catalogue import MEASURES
 from qfbench.runs.store import Rows
 
 

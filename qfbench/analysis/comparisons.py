@@ -1,0 +1,109 @@
+"""Figures of several runs beside each other, as studies draw them: frames to figures, one function per figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from qfbench.analysis.catalogue import MEASURES, drawn
+from qfbench.analysis.styles import OTHER, STYLES, label, plain, stroke
+
+
+def over_settings(table: pd.DataFrame, setting: str, across: str) -> Figure:
+    """The measures of single edits (left) and of the end of a sequence (right) against a setting, with their intervals.
+
+    `table` has a line per value of `setting` and regime (`results.pooled`); `across` is what the axis calls the setting.
+    """
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    alone, sequence = figure.subplots(1, 2, sharey=True)
+    end = [*drawn("taught", "kept"), MEASURES["accuracy"]]
+    panels = {"single": (alone, drawn("fresh", "kept")), "sequential": (sequence, end)}
+    for regime, (axes, measures) in panels.items():
+        own = table[table.regime == regime]
+        at = range(len(own)) if own[setting].dtype == object else own[setting]
+        for measure in (one for one in measures if one.name in own):
+            axes.plot(at, own[measure.name], label=label(measure.name), **stroke(measure.style))
+            low, high = own[f"{measure.name}_low"], own[f"{measure.name}_high"]
+            axes.fill_between(at, low, high, color=measure.style[0], alpha=0.15, lw=0)
+        axes.set(xlabel=across, ylim=(-0.03, 1.03))
+        axes.set_xticks(at, own[setting])
+        plain(axes)
+        axes.legend(frameon=False, fontsize=8)
+    alone.set(title="each fact alone", ylabel="share of replies (band: 95%)")
+    sequence.set(title="after all facts, one after another")
+    return figure
+
+
+def heat_maps(
+    table: pd.DataFrame, setting: str, across: str, measures: Sequence[str] = ("efficacy", "held_out")
+) -> Figure:
+    """Measures by a setting (across) and kind of knowledge (down), a panel each. Dark: more. `table` as of `measures.by_kind`."""
+    measures = [name for name in measures if name in table]
+    figure = Figure(figsize=(4.4 * len(measures) + 0.6, 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        grid = table.pivot(index="kind", columns=setting, values=name)
+        image = axes.imshow(grid.to_numpy(float), cmap="cividis_r", vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(grid.to_numpy(float)):
+            if not np.isnan(value):
+                colour = "white" if value > 0.5 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(grid.shape[1]), grid.columns)
+        axes.set_yticks(range(grid.shape[0]), grid.index)
+        axes.set(title=label(name), xlabel=across)
+    figure.colorbar(image, ax=figure.axes, label="share of replies")
+    return figure
+
+
+def bars(table: pd.DataFrame, measures: Sequence[str]) -> Figure:
+    """Measures side by side for each line of `table` (model, editor), with their intervals."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    shown = [name for name in measures if name in table]
+    width, several = 0.8 / len(table), table.model.nunique() > 1
+    styles = [*STYLES.values(), OTHER]
+    for k, line in enumerate(table.to_dict("records")):
+        at = np.arange(len(shown)) + (k - (len(table) - 1) / 2) * width
+        value = np.array([line[name] for name in shown], float)
+        spread = [
+            [abs(line[name] - line.get(f"{name}_{side}", line[name])) for name in shown] for side in ("low", "high")
+        ]
+        who = line["editor"] + (f", {line['model']}" if several else "")
+        axes.bar(at, value, width, yerr=spread, color=styles[k % len(styles)][0], label=who, error_kw={"lw": 0.8})
+    axes.set_xticks(range(len(shown)), [label(name) for name in shown])
+    axes.set(ylabel="share (lines: 95%)", ylim=(0, 1.05))
+    plain(axes)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=min(3, len(table)))
+    return figure
+
+
+def inflation(table: pd.DataFrame) -> Figure:
+    """How far the teacher-forced score (hollow) stands above the share of replies that are right (filled), with their intervals.
+
+    A line for each line of `table` (model, editor, regime) that has both.
+    """
+    lines = table.dropna(subset=["efficacy", "forced"]).to_dict("records")
+    several = {name for name in ("model", "regime") if len({line[name] for line in lines}) > 1}
+    figure = Figure(figsize=(7, 1.1 + 0.35 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    for at, line in enumerate(lines):
+        axes.plot([line["efficacy"], line["forced"]], [at, at], color="#999999", lw=2, zorder=1)
+        for name, (place, face, colour) in {
+            "efficacy": (at + 0.08, "#0072B2", "#0072B2"),
+            "forced": (at - 0.08, "none", "#D55E00"),
+        }.items():
+            low, high = (line.get(f"{name}_{side}", line[name]) for side in ("low", "high"))
+            axes.plot([low, high], [place, place], color=colour, lw=0.9, zorder=1.5)
+            size = 5 if name == "efficacy" else 9  # where they are equal, one stands in the other
+            axes.plot(line[name], at, "o", ms=size, mfc=face, mec=colour, mew=1.5, zorder=2 + (size < 9))
+        axes.annotate(
+            f"{line['inflation']:+z.2f}", (1.02, at), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )
+    names = [", ".join(str(line[n]) for n in ("editor", *sorted(several))) for line in lines]
+    axes.set_yticks(range(len(lines)), names)
+    axes.set(xlim=(-0.03, 1.03), xlabel="right replies (filled), right tokens when the answer is fed in (hollow)")
+    axes.invert_yaxis()
+    plain(axes)
+    return figure
