@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qfbench.analysis.catalogue import MEASURES, drawn
+from qfbench.analysis.sequences import forgetting, matrices
 from qfbench.analysis.styles import OTHERS, STYLES, label, plain, stroke
 
 
@@ -181,3 +183,28 @@ def cost(table: pd.DataFrame) -> Figure:
     share.set(xlabel="share of the edit", xlim=(0, 1))
     figure.legend(*time.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
     return figure
+
+
+@dataclass(frozen=True)
+class OfSequences:
+    """A figure of all sequences of edits in a frame of rows, and what pages say of it."""
+
+    draw: Callable[[pd.DataFrame], Figure]
+    title: str
+    caption: str
+
+
+OF_SEQUENCES = {
+    "forgetting_curves": OfSequences(
+        lambda rows: forgetting_curves(forgetting(rows), rows),
+        "Forgetting curves",
+        "the share of taught facts (left) and of prior knowledge that is still "
+        "answered, and where it was asked general ability (right), against the number of edits.",
+    ),
+    "retention_matrix": OfSequences(
+        lambda rows: retention_matrices(matrices(rows)),
+        "Retention heat map",
+        "the result on the k-th fact (across) after n edits (down), first order. "
+        "Dark: still answered; light: not; white: not taught yet, or not asked.",
+    ),
+}

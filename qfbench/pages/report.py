@@ -16,11 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from qfbench.analysis import plots
 from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.drops import drops
 from qfbench.analysis.measures import accumulating, compared
-from qfbench.analysis.sequences import forgetting, matrices, middle, over_sequence
+from qfbench.analysis.plots import OF_SEQUENCES
+from qfbench.analysis.sequences import middle, over_sequence
 from qfbench.analysis.tables import tabled
 from qfbench.errors import UserError
 from qfbench.pages import results
@@ -206,17 +206,8 @@ def _figures(combinations: Combinations) -> Iterator[tuple[str, str]]:
         if not len(over_sequence(rows)):
             continue
         where = f" ({_label(at)})" if at else ""
-        curves = plots.forgetting_curves(forgetting(rows), rows)
-        yield (
-            f"Forgetting curves{where}: the share of taught facts (left) and of prior knowledge that is still "
-            "answered, and where it was asked general ability (right), against the number of edits.",
-            svg(curves),
-        )
-        yield (
-            f"Retention heat map{where}: the result on the k-th fact (across) after n edits (down), first order. "
-            "Dark: still answered; light: not; white: not taught yet, or not asked.",
-            svg(plots.retention_matrices(matrices(rows))),
-        )
+        for figure in OF_SEQUENCES.values():
+            yield f"{figure.title}{where}: {figure.caption}", svg(figure.draw(rows))
 
 
 def svg(figure: Figure) -> str:
@@ -287,7 +278,7 @@ def _others(folder: Path, found: Sequence[Path]) -> list[Path]:
 
 def _pictures(folder: Path, found: Sequence[Path]) -> list[Path]:
     own = list((found[0] / "figures").glob("*.png")) if len(found) == 1 else []
-    own = [path for path in own if path.stem not in ("forgetting_curves", "retention_matrix")]
+    own = [path for path in own if path.stem not in OF_SEQUENCES]
     return sorted((folder / "study").glob("*.png")) + sorted(own)
 
 
