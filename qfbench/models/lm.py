@@ -58,8 +58,10 @@ class LanguageModel:
     told: str = "system"
     system_turn: bool = True
     template: str | None = None  # the name of its chat template, where one was asked for
-    changed: list[str] = field(default_factory=list)  # weights that hold a change now (`WeightDelta.applied_to`)
-    states: States = field(default_factory=States, repr=False)  # of the layers below the changed ones
+    changed: list[str] = field(
+        default_factory=list, repr=False, compare=False
+    )  # weights that hold a change now (`WeightDelta.applied_to`)
+    states: States = field(default_factory=States, repr=False, compare=False)  # of the layers below the changed ones
 
     def __post_init__(self) -> None:
         refuse_offloaded(self.model, self.name)
