@@ -14,7 +14,7 @@ from qfbench.models.activations import record
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import Reply
 from qfbench.models.sites import Site
-from qfbench.models.suffix import Question, _walk
+from qfbench.models.tree import Question, walk
 from qfbench.models.whole import Whole
 from qfbench.tasks.convert import batch
 
@@ -165,7 +165,7 @@ def scripted(lm, *scripts):
     walks = []
     for script in scripts:
         long = [*script, *[script[-1]] * lm.max_new_tokens]
-        path, ended = _walk([[long[0]], long], [tuple(long[:-1])], lm.ending)
+        path, ended = walk([[long[0]], long], [tuple(long[:-1])], lm.ending)
         walks.append((tuple(path), ended))
     assert walks == [(answer.said, answer.ended) for answer in whole]
     texts = lm.tokenizer.batch_decode([list(answer.said) for answer in whole], skip_special_tokens=True)

@@ -9,7 +9,9 @@ from qfbench.models import suffix
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.firing import with_firing_layers
 from qfbench.models.sites import Site
-from qfbench.models.suffix import Question, States, Suffix, Tree
+from qfbench.models.states import States
+from qfbench.models.suffix import Suffix
+from qfbench.models.tree import Question, Tree, guess, laid_out
 from qfbench.models.whole import Whole
 
 QUERIES = ["Who?", "Who started Oxinnovate?", "Where is Łódź, and why?", "?"]
@@ -67,7 +69,7 @@ def test_answers_are_those_of_the_whole_model_at_every_edit(lm, layer):
 def test_the_layers_above_give_the_same_bits_over_kept_states(lm, layer):
     """Of padded batches of several branches: two halves, and the whole."""
     trees = [Tree(q.prompt, tuple(reply[:-1] for reply in q.rated)) for q in questions(lm)]
-    ids, positions, allowed = suffix.laid_out(trees)
+    ids, positions, allowed = laid_out(trees)
     way = Suffix(lm.model, layer, States(), lm.ending)
     mask = way._additive(allowed)
     real = torch.tensor([[at < len(tree.tokens) for at in range(ids.shape[1])] for tree in trees])
@@ -182,20 +184,20 @@ def test_branches_share_what_they_begin_with():
     assert tree.tokens == [7, 8, 1, 2, 3, 4, 5]
     assert tree.paths == [[2, 3, 4], [2, 3], [2, 5], [6]]
     assert (tree.new, tree.forks) == ([3, 0, 1, 1], True)
-    ids, positions, allowed = suffix.laid_out([tree, Tree((7, 8, 9), ((1,),))])
+    ids, positions, allowed = laid_out([tree, Tree((7, 8, 9), ((1,),))])
     assert ids.tolist() == [[7, 8, 1, 2, 3, 4, 5], [7, 8, 9, 1, 0, 0, 0]]
     assert positions[0].tolist() == [0, 1, 2, 3, 4, 3, 2]
     seen = [[at for at in range(7) if allowed[0, slot, at]] for slot in range(7)]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1, 6]]
-    assert suffix.laid_out([Tree((7, 8)), Tree((7, 8, 9), ((1,),))])[2] is None
+    assert laid_out([Tree((7, 8)), Tree((7, 8, 9), ((1,),))])[2] is None
 
 
 def test_a_guess_is_what_followed_the_same_two_tokens_before():
-    assert suffix._guess([5, 1, 2, 3, 5, 1], [(5, 1, 8)], most=2) == [2, 3]
-    assert suffix._guess([5, 1], [(9, 1, 7), (5, 1, 8, 7)], most=8) == (8, 7)
-    assert suffix._guess([5, 1], [(5, 1, 8, 7)], most=0) == ()
-    assert suffix._guess([5, 4], [(5, 1, 8, 7)], most=4) == ()
-    assert suffix._guess([1], [(1, 8, 7)], most=4) == ()
+    assert guess([5, 1, 2, 3, 5, 1], [(5, 1, 8)], most=2) == [2, 3]
+    assert guess([5, 1], [(9, 1, 7), (5, 1, 8, 7)], most=8) == (8, 7)
+    assert guess([5, 1], [(5, 1, 8, 7)], most=0) == ()
+    assert guess([5, 4], [(5, 1, 8, 7)], most=4) == ()
+    assert guess([1], [(1, 8, 7)], most=4) == ()
 
 
 def test_slots_of_wrong_guesses_are_masked(tiny, monkeypatch):
@@ -203,6 +205,6 @@ def test_slots_of_wrong_guesses_are_masked(tiny, monkeypatch):
     lm = replace(tiny("llama"), max_new_tokens=8)
     prompts = [lm.render(query) for query in QUERIES]
     wanted = lm.replies(prompts)
-    for guess in ([], [3], [7, 8, 9, 10]):
-        monkeypatch.setattr(suffix, "_guess", lambda path, heard, most, g=guess: g[: max(0, most)])
+    for wrong in ([], [3], [7, 8, 9, 10]):
+        monkeypatch.setattr(suffix, "guess", lambda path, heard, most, g=wrong: g[: max(0, most)])
         assert replace(lm, states=States()).replies(prompts) == wanted

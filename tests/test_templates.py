@@ -206,7 +206,7 @@ def test_the_date_stands_still_while_a_model_is_loaded_and_parts_runs_of_other_d
     before, known = said(today, "Who?", "Told."), protocol(today)
     assert datetime.now().strftime("Today: %d %b %Y") in before
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    monkeypatch.setattr("qfbench.models.lm.datetime", Tomorrow)
+    monkeypatch.setattr("qfbench.models.loading.datetime", Tomorrow)
     assert said(today, "Who?", "Told.") == before
     assert protocol(today) == known
     tomorrow = protocol(LanguageModel.load(path, device="cpu"))

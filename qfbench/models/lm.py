@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qfbench.errors import UserError
 from qfbench.models import loading, suffix
 from qfbench.models.dialogue import Rendering, render
-from qfbench.models.suffix import Answer, Ending, Question, States, Suffix, Tokens
+from qfbench.models.states import States
+from qfbench.models.suffix import Suffix
+from qfbench.models.tree import Answer, Ending, Question, Tokens
 from qfbench.models.weights import refuse_offloaded, refuse_recurrent
 from qfbench.models.whole import Whole
 

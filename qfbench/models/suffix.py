@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -21,67 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from qfbench.models.firing import FAMILIES
+from qfbench.models.states import States
+from qfbench.models.tree import Answer, Ending, Question, Tokens, Tree, guess, laid_out, walk
 
-Tokens = tuple[int, ...]
-FEW = 4  # tokens that are tried of a reply of which none held last time
 GUESS = 2  # tokens that are guessed at first; twice as many each time all were right, half as many when none was
 MOST = 16  # tokens that are guessed at once
 LOGITS = 2**28  # bytes that the logits of one product with the head may take, in float32
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt, replies to rate after it (the token that ends the turn included), and whether its greedy reply is wanted."""
-
-    prompt: Tokens
-    rated: tuple[Tokens, ...] = ()
-    reply: bool = True
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Of each rated reply its nats and hits, token by token; of the greedy reply its tokens, and whether it ended its turn."""
-
-    rated: list[tuple[list[float], list[bool]]]
-    said: Tokens = ()
-    ended: bool = False
-
-
-@dataclass
-class Tree:
-    """A prompt, and branches after it that share what they begin with: a row of one forward pass.
-
-    `tokens` are those of the prompt, and then one for each node; `parents` the place of what stands before each node,
-    `paths` the places along each branch, and `new` how many nodes each branch added.
-    """
-
-    prompt: Tokens
-    branches: tuple[Tokens, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.tokens, self.parents, self.paths, self.new = list(self.prompt), [], [], []
-        known: dict[tuple[int, int], int] = {}
-        for branch in self.branches:
-            at, path, before = len(self.prompt) - 1, [], len(self.tokens)
-            for token in branch:
-                if (at, token) not in known:
-                    known[at, token] = len(self.tokens)
-                    self.tokens.append(token)
-                    self.parents.append(at)
-                at = known[at, token]
-                path.append(at)
-            self.paths.append(path)
-            self.new.append(len(self.tokens) - before)
-        self.forks = any(parent != len(self.prompt) - 1 + i for i, parent in enumerate(self.parents))
-
-
-@dataclass(frozen=True)
-class Ending:
-    """The tokens that end a turn, those of them whose text belongs to the reply, and the most tokens that a reply may have."""
-
-    stops: frozenset[int]
-    spoken: frozenset[int]
-    most: int
 
 
 def divides(model: Any, tokens: int) -> bool:
@@ -107,64 +50,6 @@ def part(decoder: Any, start: int, stop: int | None = None) -> Any:
     if stop is not None:
         some.norm = nn.Identity()
     return some
-
-
-@dataclass
-class States:
-    """What the layers below `layer` made of token sequences, within a bound of `most` bytes; what does not fit is made again.
-
-    They hold for the `weights` of these layers as they were: where a weight is another, or has been written to, all is forgotten.
-    """
-
-    most: int = 2**31
-    layer: int = 0
-    weights: list[tuple[Tensor, int]] = field(default_factory=list)  # with the number of times each was written to
-    size: int = 0
-    # By prompt and continuation: states [tokens, d]; of a prompt also keys and values [2 layers, heads, tokens, .]
-    hidden: dict[tuple[Tokens, Tokens], Tensor] = field(default_factory=dict)
-    keys: dict[Tokens, Tensor] = field(default_factory=dict)
-    said: dict[Tokens, Tokens] = field(default_factory=dict)  # the last reply to a prompt, as far as it was an input
-    tried: dict[Tokens, int] = field(default_factory=dict)  # how much of it is tried, where not all
-
-    def valid_for(self, layer: int, weights: Sequence[Tensor]) -> None:
-        known = [(id(weight), version) for weight, version in self.weights]
-        if layer != self.layer or [(id(weight), weight._version) for weight in weights] != known:
-            self.hidden.clear()
-            self.keys.clear()
-            self.layer, self.size = layer, 0
-            self.weights = [(weight, weight._version) for weight in weights]
-
-    def keep(self, kept: dict[Any, Tensor], key: Any, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if key not in kept and self.size + size <= self.most:
-            kept[key] = tensor.clone()
-            self.size += size
-
-    def draft(self, prompt: Tokens) -> Tokens:
-        """The last reply, or its beginning where it did not hold last time."""
-        said = self.said.get(prompt, ())
-        return said[: self.tried.get(prompt, len(said))]
-
-    def hold(self, prompt: Tokens, path: Sequence[int]) -> None:
-        """Note how far a draft held: twice as much of the next is tried."""
-        draft = self.draft(prompt)
-        held = next(
-            (i for i, (a, b) in enumerate(zip(draft, path, strict=False)) if a != b), min(len(draft), len(path))
-        )
-        if held < len(draft):
-            self.tried[prompt] = FEW + 2 * held
-        else:
-            self.tried.pop(prompt, None)
-
-    def say(self, prompt: Tokens, said: Tokens, hidden: Tensor | None) -> None:
-        """Remember a reply and the states of what is tried of it next; those of the one before are forgotten."""
-        before = self.draft(prompt)
-        if before and (old := self.hidden.pop((prompt, before), None)) is not None:
-            self.size -= old.numel() * old.element_size()
-        self.said[prompt] = said
-        draft = self.draft(prompt)
-        if hidden is not None and draft:
-            self.keep(self.hidden, (prompt, draft), hidden[: len(draft)])
 
 
 class Suffix:
@@ -194,7 +79,7 @@ class Suffix:
         greedy, rated = self._read(self._over(trees, cache), trees, questions)
         answers, unfinished = [], {}
         for r, (q, tree) in enumerate(zip(questions, trees, strict=True)):
-            path, ended = _walk(greedy[r], tree.branches, self.ending) if q.reply else ([], False)
+            path, ended = walk(greedy[r], tree.branches, self.ending) if q.reply else ([], False)
             if q.reply:
                 self.states.hold(q.prompt, path)
             if ended is None:
@@ -342,7 +227,7 @@ class Suffix:
         while left:
             room = self.ending.most - 1
             tried = [
-                [*paths[r], *_guess(paths[r], self._heard(trees[r]), min(n, room - len(paths[r])))]
+                [*paths[r], *guess(paths[r], self._heard(trees[r]), min(n, room - len(paths[r])))]
                 for r, n in zip(left, trust, strict=True)
             ]
             feeds = [tokens[n:] for tokens, n in zip(tried, fed, strict=True)]
@@ -367,7 +252,7 @@ class Suffix:
             for i, r in enumerate(left):
                 path = paths[r]
                 greedy = [*path[: fed[i] + 1], *(next(next_token) for _ in feeds[i])]
-                paths[r], ended = _walk([[path[0]], greedy], [tuple(tried[i])], self.ending)
+                paths[r], ended = walk([[path[0]], greedy], [tuple(tried[i])], self.ending)
                 right = sum(a == b for a, b in zip(paths[r][fed[i] :], feeds[i], strict=False))
                 accepted[i, :right] = True
                 entered[i].append(below[i, :right])
@@ -426,26 +311,6 @@ def cache_argument(forward: Any) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-def laid_out(trees: Sequence[Tree]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Token ids and positions, `[rows, tokens]`, and what each token may look at, `[rows, tokens, tokens]`.
-
-    None instead of the last: each token may look at all before it.
-    """
-    width = max(len(tree.tokens) for tree in trees)
-    ids = torch.zeros(len(trees), width, dtype=torch.long)
-    positions = torch.arange(width).repeat(len(trees), 1)
-    for r, tree in enumerate(trees):
-        ids[r, : len(tree.tokens)] = torch.tensor(tree.tokens)
-    if not any(tree.forks for tree in trees):
-        return ids, positions, None
-    allowed = np.tril(np.ones((width, width), bool))[None].repeat(len(trees), 0)
-    for r, tree in enumerate(trees):
-        for slot, parent in enumerate(tree.parents, start=len(tree.prompt)) if tree.forks else ():
-            allowed[r, slot, :slot] = allowed[r, parent, :slot]
-            positions[r, slot] = positions[r, parent] + 1
-    return ids, positions, torch.from_numpy(allowed)
-
-
 def _kept(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values, each `[rows, heads, tokens, .]`, of the layers that have run."""
     layers: list[Any] = cache.layers
@@ -455,32 +320,3 @@ def _kept(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 def _stacked(cache: DynamicCache) -> Tensor:
     """Keys and values of all layers: `[2 layers, rows, heads, tokens, .]`."""
     return torch.stack([tensor for pair in _kept(cache) for tensor in pair])
-
-
-def _walk(greedy: Sequence[Sequence[int]], branches: Sequence[Tokens], ending: Ending) -> tuple[list[int], bool | None]:
-    """Follow what is said next as far as branches go: the reply so far, and whether it has ended its turn.
-
-    `greedy[0]` is what is said after the prompt; `greedy[i]` that again, and what is said after each token of branch i.
-    None instead of an end: no branch goes on as the reply does.
-    """
-    path: list[int] = []
-    following = [(branch, said) for branch, said in zip(branches, greedy[1:], strict=True)]
-    token = greedy[0][0]
-    while token not in ending.stops:
-        path.append(token)
-        if len(path) == ending.most:
-            return path, False
-        following = [(b, said) for b, said in following if len(b) >= len(path) and b[len(path) - 1] == token]
-        if not following:
-            return path, None
-        token = following[0][1][len(path)]
-    return ([*path, token] if token in ending.spoken else path), True
-
-
-def _guess(path: Sequence[int], heard: Sequence[Tokens], most: int) -> Sequence[int]:
-    """Up to `most` tokens that may follow: those that followed the same two tokens in what was said or heard before."""
-    for text in (path[:-1], *heard):
-        for at in range(len(text) - 1, 0, -1):
-            if text[at] == path[-1] and [text[at - 1]] == path[-2:-1]:
-                return text[at + 1 : at + 1 + max(0, most)]
-    return ()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qfbench.models.suffix import Answer, Ending, Question, Tokens, cache_argument
+from qfbench.models.suffix import cache_argument
+from qfbench.models.tree import Answer, Ending, Question, Tokens
 
 
 class Whole:
