@@ -12,8 +12,8 @@ import pandas as pd
 
 from qfbench.analysis.drops import by_subject, drops, power
 from qfbench.analysis.measures import compared, summary
-from qfbench.analysis.plots import forgetting_curves, retention_matrices
-from qfbench.analysis.sequences import forgetting, matrices, middle, over_sequence
+from qfbench.analysis.plots import OF_SEQUENCES
+from qfbench.analysis.sequences import middle, over_sequence
 from qfbench.analysis.tables import HIDDEN
 from qfbench.editors.regimes import Regime
 from qfbench.errors import UserError
@@ -98,8 +98,8 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
     if len(sequences):
         printed = middle(sequences).drop(columns=[*same, "edits", "immediate", "final"])
         run.table(sequences, "", name="sequences", printed=printed)
-        run.figure(forgetting_curves(forgetting(rows), rows), "forgetting_curves")
-        run.figure(retention_matrices(matrices(rows)), "retention_matrix")
+        for name, figure in OF_SEQUENCES.items():
+            run.figure(figure.draw(rows), name)
 
 
 def _numbered(asked: Asked) -> Iterator[tuple[int, tuple[Fact, Probe]]]:
