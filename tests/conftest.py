@@ -52,7 +52,7 @@ REAL = {
 
 # What contributors run before anything else, and what is tried with the lowest versions: of everything a little.
 SMOKE = set(
-    "test_structure test_contract test_delta test_dialogue test_qf test_plots test_metrics test_tables test_retention".split()
+    "test_structure test_contract test_delta test_dialogue test_qf test_plots test_metrics test_tables test_retention test_suffix".split()
 )
 
 
