@@ -3,11 +3,10 @@
     git worktree add ../before dba4973
     python benchmarks/speed.py ../before                      # all cases (an hour on 2 cores)
     python benchmarks/speed.py ../before sequential ablation  # some of them
-    python benchmarks/speed.py ../before --model FOLDER       # and those of a real model, in Hugging Face form
 
 `--python` names another interpreter for the earlier commit, where it needs other libraries. The two take turns, `--repeat`
 times; the medians are compared. One thread, no cache of rows, and no rows taken over. Rows are compared by what they are about:
-replies and verdicts as they stand, numbers to 1e-3 (recordings are made in batches now, which rounds them otherwise).
+replies and verdicts as they stand, nats to 1e-3.
 """
 
 from __future__ import annotations
@@ -33,13 +32,9 @@ MAIN += "__import__(name, fromlist=['main']).main()"
 RETENTION = ["experiment=retention", "task.retention.placebo=0", "regime=[sequential]"]
 CASES = {
     "quickstart": [],
-    "sequential": [*RETENTION, "model=world-s", "facts.n=50"],
+    "sequential": [*RETENTION, "model=world-s", "facts.n=24"],
     "ablation": ["experiment=layer_curve", "model=world-s", "facts.n=16"],
     "world_mc": [*RETENTION, "model=world-s", "editor.layer=6", "facts.n=10", "regression=[world_mc]"],
-}
-REAL = {  # of 30 layers
-    "real_sequential": [*RETENTION, "editor.layer=24", "facts.n=20", "task.retention.at_most=20"],
-    "real_ablation": ["experiment=layer_curve", "facts.n=16"],
 }
 
 
@@ -81,18 +76,16 @@ def main() -> None:
     parser.add_argument("before", type=Path, help="a checkout of the earlier commit")
     parser.add_argument("cases", nargs="*", help="default: all")
     parser.add_argument("--python", default=sys.executable, help="that has the earlier commit's libraries")
-    parser.add_argument("--model", help="a folder of SmolLM2-135M-Instruct, for the cases of a real model")
     parser.add_argument("--repeat", type=int, default=1)
     given = parser.parse_args()
-    cases = CASES | ({name: [*case, f"model.path={given.model}"] for name, case in REAL.items()} if given.model else {})
     console, table = Console(), Table("case", "before, s", "now, s", "ratio", "rows that differ")
-    for name in given.cases or cases:
+    for name in given.cases or CASES:
         times: dict[str, list[float]] = {"before": [], "now": []}
         for _ in range(given.repeat):
             with tempfile.TemporaryDirectory() as folder:
                 places = {which: Path(folder) / which for which in times}
                 for which, code, python in (("before", given.before, given.python), ("now", HERE, sys.executable)):
-                    times[which].append(once(code.resolve(), python, cases[name], places[which]))
+                    times[which].append(once(code.resolve(), python, CASES[name], places[which]))
                 difference = unlike(places["before"], places["now"])
         a, b = (statistics.median(seconds) for seconds in times.values())
         console.print(f"{name}: {a:.1f} s, {b:.1f} s, {a / b:.1f} times; rows that differ: {difference}")

@@ -11,7 +11,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from qfbench.regression.harness import quiet
+from qfbench.regression.live import quiet
 
 WORDS = "river stone seven under glass winter of copper the maps, seldom 40 Łódź orbit".split()
 TRICKY = [

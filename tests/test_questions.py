@@ -17,7 +17,8 @@ from lm_eval.tasks import TaskManager
 from qfbench import LanguageModel, UserError
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.regression import Questions, harness, tasks, world_mc
-from qfbench.regression.harness import fitting, live, quiet
+from qfbench.regression import live as live_module
+from qfbench.regression.live import fitting, live, quiet
 from qfbench.world.relations import RELATIONS
 
 DOCS = [
@@ -202,7 +203,7 @@ def test_logits_are_computed_at_the_end_only(tiny, monkeypatch):
 
 
 def test_a_batch_is_as_large_as_its_logits_allow(monkeypatch):
-    monkeypatch.setattr(harness, "LOGITS", 4 * 1000 * 100)  # a hundred positions of a thousand tokens
+    monkeypatch.setattr(live_module, "LOGITS", 4 * 1000 * 100)  # a hundred positions of a thousand tokens
     assert fitting([10] * 50, 1, 1000, 64) == 64
     assert fitting([10] * 200, 1, 1000, 64) == 64
     assert fitting([10] * 200, 2, 1000, 64) == 32
@@ -221,7 +222,7 @@ def test_a_batch_is_as_large_as_its_logits_allow(monkeypatch):
 
 def test_requests_that_share_an_input_count_once(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(harness, "fitting", lambda lengths, *rest: asked.append(lengths) or 1)
+    monkeypatch.setattr(live_module, "fitting", lambda lengths, *rest: asked.append(lengths) or 1)
     with quiet():
         live(tiny("qwen2"))._loglikelihood_tokens(
             [(None, [5, 6], [n]) for n in (1, 2, 3)] + [(None, [5], [6, 1])] + [(None, [4], [4])], disable_tqdm=True

@@ -4,9 +4,9 @@ from transformers import DynamicCache
 
 from qfbench import Unsupported, UserError
 from qfbench.models.activations import reading, record
+from qfbench.models.cut import cache_argument
 from qfbench.models.dialogue import Rendering
 from qfbench.models.sites import Site
-from qfbench.models.suffix import cache_argument
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qfbench.models import suffix
+from qfbench.models import decoding
+from qfbench.models.cut import divides
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.firing import with_firing_layers
 from qfbench.models.sites import Site
 from qfbench.models.states import States
 from qfbench.models.suffix import Suffix
-from qfbench.models.tree import Question, Tree, guess, laid_out
+from qfbench.models.tree import Ending, Question, Tree, guess, laid_out
 from qfbench.models.whole import Whole
 
 QUERIES = ["Who?", "Who started Oxinnovate?", "Where is Łódź, and why?", "?"]
@@ -71,11 +72,11 @@ def test_the_layers_above_give_the_same_bits_over_kept_states(lm, layer):
     trees = [Tree(q.prompt, tuple(reply[:-1] for reply in q.rated)) for q in questions(lm)]
     ids, positions, allowed = laid_out(trees)
     way = Suffix(lm.model, layer, States(), lm.ending)
-    mask = way._additive(allowed)
+    mask = way.cut.mask(allowed)
     real = torch.tensor([[at < len(tree.tokens) for at in range(ids.shape[1])] for tree in trees])
     for _ in range(2):  # made, then kept
         with torch.no_grad():
-            whole = way._run(lm.model.get_decoder(), mask, positions, None, input_ids=ids)
+            whole = way.cut._run(lm.model.get_decoder(), positions, mask, None, input_ids=ids)
             assert torch.equal(way._over(trees, None)[real], whole[real])
     assert all(tensor.shape[1] == lm.model.config.hidden_size for tensor in way.states.hidden.values())
 
@@ -102,6 +103,23 @@ def test_a_reply_that_holds_takes_one_pass_and_one_that_does_not_is_decoded(tiny
     passes.clear()
     assert lm.replies(prompts) == first
     assert len(passes) == -(-len(prompts) // lm.batch_size) < decoded
+
+
+@pytest.mark.parametrize("most", [2, 8])
+def test_a_rated_reply_that_is_the_greedy_one_is_said_as_decoding_says_it(tiny, most):
+    """Cut off where replies are, with the text of the token that ends it, and not where nothing ends it."""
+    lm = tiny("qwen2")
+    prompt, never = lm.render("Who?").prompt, Ending(frozenset(), frozenset(), 5)
+    (said,) = Whole(lm.model, never).answer([Question(prompt)])
+    assert len(set(said.said)) > 1
+    last = said.said[-1]
+    for stops, spoken in (({last}, set()), ({last}, {last}), (set(), set())):
+        ending = Ending(frozenset(stops), frozenset(spoken), most)
+        (decoded,) = Whole(lm.model, ending).answer([Question(prompt)])
+        for way in (Whole(lm.model, ending), Suffix(lm.model, 0, States(), ending)):
+            (rated,) = way.answer([Question(prompt, (said.said,))])
+            assert all(rated.rated[0][1])
+            assert (rated.said, rated.ended) == (decoded.said, decoded.ended)
 
 
 def test_a_changed_weight_below_the_cut_is_noticed(tiny):
@@ -162,12 +180,12 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_gone_on_with(tiny, monk
 def test_a_window_that_a_dialogue_exceeds_and_a_stranger_are_run_whole(tiny):
     lm = tiny("mistral")
     lm.model.config.sliding_window = 40
-    assert suffix.divides(lm.model, 40)
-    assert not suffix.divides(lm.model, 41)
+    assert divides(lm.model, 40)
+    assert not divides(lm.model, 41)
     lm.model.config.sliding_window = None
-    assert suffix.divides(lm.model, 4000)
+    assert divides(lm.model, 4000)
     lm.model.config.model_type = "gemma3_text"
-    assert not suffix.divides(lm.model, 40)
+    assert not divides(lm.model, 40)
 
 
 def test_logits_of_a_batch_are_those_of_the_whole_model(lm):
@@ -206,5 +224,5 @@ def test_slots_of_wrong_guesses_are_masked(tiny, monkeypatch):
     prompts = [lm.render(query) for query in QUERIES]
     wanted = lm.replies(prompts)
     for wrong in ([], [3], [7, 8, 9, 10]):
-        monkeypatch.setattr(suffix, "guess", lambda path, heard, most, g=wrong: g[: max(0, most)])
+        monkeypatch.setattr(decoding, "guess", lambda path, heard, most, g=wrong: g[: max(0, most)])
         assert replace(lm, states=States()).replies(prompts) == wanted

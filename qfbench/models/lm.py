@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qfbench.errors import UserError
-from qfbench.models import loading, suffix
+from qfbench.models import loading
+from qfbench.models.cut import divides
 from qfbench.models.dialogue import Rendering, render
 from qfbench.models.states import States
 from qfbench.models.suffix import Suffix
@@ -60,10 +61,9 @@ class LanguageModel:
     told: str = "system"
     system_turn: bool = True
     template: str | None = None  # the name of its chat template, where one was asked for
-    changed: list[str] = field(
-        default_factory=list, repr=False, compare=False
-    )  # weights that hold a change now (`WeightDelta.applied_to`)
-    states: States = field(default_factory=States, repr=False, compare=False)  # of the layers below the changed ones
+    # Weights that hold a change now (`WeightDelta.applied_to`), and states of the layers below them.
+    changed: list[str] = field(default_factory=list, repr=False, compare=False)
+    states: States = field(default_factory=States, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         refuse_offloaded(self.model, self.name)
@@ -177,7 +177,7 @@ class LanguageModel:
         """Greedy replies to the prompts of dialogues, and scores of the answers of complete dialogues, both in order.
 
         Up to `at_once` (by default `batch_size`) prompts run together, those of like length; half as many where memory is
-        short. Where the model can be cut (`suffix.divides`), only the layers that changed and those above them are run.
+        short. Where the model can be cut (`cut.divides`), only the layers that changed and those above them are run.
 
         Raises:
             UserError: a dialogue is longer than the model has positions.
@@ -203,7 +203,7 @@ class LanguageModel:
     def _answers(self, questions: Sequence[Question], size: int) -> dict[Tokens, Answer]:
         longest = max((len(q.prompt) + sum(map(len, q.rated)) for q in questions), default=0) + self.max_new_tokens
         way: Suffix | Whole
-        if suffix.divides(self.model, longest):
+        if divides(self.model, longest):
             way = Suffix(self.model, self._lowest_change(), self.states, self.ending)
         else:
             way = Whole(self.model, self.ending)
@@ -227,7 +227,7 @@ class LanguageModel:
 
     def logits(self, rows: Sequence[Tokens], first: int) -> Float[Tensor, "rows tokens vocabulary"]:
         """Logits at all positions from `first` on, of token sequences of one length, which may be padded at the right."""
-        if suffix.divides(self.model, len(rows[0])):
+        if divides(self.model, len(rows[0])):
             return Suffix(self.model, self._lowest_change(), self.states, self.ending).logits(rows, first)
         ids = torch.tensor(rows, device=self.device)
         with torch.no_grad():

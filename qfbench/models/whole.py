@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qfbench.models.suffix import cache_argument
-from qfbench.models.tree import Answer, Ending, Question, Tokens
+from qfbench.models.cut import cache_argument
+from qfbench.models.tree import Answer, Ending, Question, Tokens, walk
 
 
 class Whole:
@@ -32,11 +32,15 @@ class Whole:
         said: list[tuple[Tokens, bool]] = [((), False)] * len(questions)
         rest = []
         for i, q in enumerate(questions):
-            exact = [reply for reply, (_, hit) in zip(q.rated, rated[i], strict=True) if all(hit)]
-            if exact:  # decoding would give it, and stop
-                said[i] = exact[0][:-1], True
-            elif q.reply:
+            if not q.reply:
+                continue
+            # A reply all of whose tokens are likeliest is what decoding would say.
+            exact = next((reply for reply, (_, hit) in zip(q.rated, rated[i], strict=True) if all(hit)), None)
+            path, ended = walk([exact[:1], exact], [exact[:-1]], self.ending) if exact else ([], None)
+            if ended is None:
                 rest.append(i)
+            else:
+                said[i] = tuple(path), ended
         if rest:
             for i, reply in zip(rest, self._decode([questions[i].prompt for i in rest]), strict=True):
                 said[i] = reply

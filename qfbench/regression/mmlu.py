@@ -9,7 +9,8 @@ from typing import Any
 
 from qfbench.errors import UserError
 from qfbench.facts.base import flaw
-from qfbench.regression.harness import Questions, load, quiet
+from qfbench.regression.harness import Questions, load
+from qfbench.regression.live import quiet
 
 LETTERS = ("A", "B", "C", "D")
 FORMS = {

@@ -6,7 +6,8 @@ import random
 from typing import Any
 
 from qfbench.errors import UserError
-from qfbench.regression.harness import Questions, quiet
+from qfbench.regression.harness import Questions
+from qfbench.regression.live import quiet
 from qfbench.world import corpus
 from qfbench.world.relations import RELATIONS
 from qfbench.world.world import World
