@@ -70,8 +70,7 @@ def without(tables):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(qfbench.tasks.run, "load", lambda model: notebook.Notebook(notebook.suite()))
         patched.setattr(Run, "figure", lambda self, figure, name: None)
-        for name in ("forgetting_curves", "retention_matrices"):
-            patched.setattr(qfbench.tasks.retention, name, lambda *rows: None)
+        patched.setattr(qfbench.tasks.retention, "OF_SEQUENCES", {})
         patched.setattr(qfbench.runs.provenance, "_commit", lambda: "")
         if not tables:
             patched.setattr(qfbench.tasks.retention, "report", lambda *about: None)
