@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from qfbench import UserError
 from qfbench.analysis.catalogue import MEASURES, Measure
@@ -17,6 +18,7 @@ from qfbench.pages import results
 from qfbench.pages.cautions import cautions
 from qfbench.pages.legend import columns
 from qfbench.pages.report import page
+from qfbench.runs.ledger import Ledger
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert(1)</script>"
@@ -460,3 +462,35 @@ def test_errors_are_one_line(tmp_path, run, monkeypatch, capsys):
         assert not said.out
     with pytest.raises(UserError):
         page(tmp_path / "nowhere")
+
+
+AXES = {
+    "edits": (3, 4),
+    "seed": (0, 1),
+    "threads": (1, 2),
+    "editor.layer": (1, 2),
+    "editor.lr": (0.125, None),
+    "facts.n": (3, 4),
+    "facts.about": ("novel", "known"),
+    "model.path": ("a", "b/c"),
+    "model.told": ("system", "user"),
+    "regime.single._target_": ("x.single", None),
+    "task.retention.every": (1, [1, 4]),
+    "task.retention.orders": (1, 2),
+}
+
+
+@pytest.mark.parametrize("setting", AXES)
+def test_runs_may_differ_in_any_setting(tmp_path, setting):
+    for n, value in enumerate(AXES[setting]):
+        folder = tmp_path / f"run{n}"
+        stored(folder, run_rows(), seed=0)
+        config = OmegaConf.load(folder / "config.yaml")
+        OmegaConf.update(config, setting, value, force_add=True)
+        OmegaConf.save(config, folder / "config.yaml")
+        Ledger(folder).write("config.yaml", lambda path, held=config: OmegaConf.save(held, path))
+    shown = Page(page(tmp_path))
+    lines = [line for table in shown.tables["main-table"] for line in table]
+    if setting != "seed":
+        said = {str(value) if isinstance(value, int | float | str) else "" for value in AXES[setting]}
+        assert all(any(value in line for line in lines) for value in said - {""}), lines

@@ -155,14 +155,18 @@ def by_kind(rows: pd.DataFrame) -> pd.DataFrame:
     return frame[["kind", *(name for name in frame if name not in ("kind", "of"))]]
 
 
-def at_steps(rows: pd.DataFrame, steps: Sequence[int]) -> pd.DataFrame:
-    """The measures of `summary` that are about what is kept, after each of `steps` edits that is a checkpoint."""
+def at_steps(rows: pd.DataFrame, steps: Sequence[int], fresh: bool = False) -> pd.DataFrame:
+    """The measures of `summary` that are about what is kept, after each of `steps` edits that is a checkpoint.
+
+    With `fresh` also those of facts right after their own edits, of all up to there.
+    """
     edited = accumulating(rows[rows.condition == "edited"])
     parts = []
     for step in steps:
         own = edited[(edited.step == step) & edited.checkpoint.astype(bool)]
         if len(own):
-            parts.append(summary(own.assign(fresh=False)).assign(edits=step))
+            own = edited[edited.step <= step] if fresh else own.assign(fresh=False)
+            parts.append(summary(own).assign(edits=step))
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["edits"])
     return frame[["edits", *(name for name in frame if name not in ("edits", "of"))]]
 

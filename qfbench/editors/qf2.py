@@ -62,6 +62,7 @@ class QF2(Recorder):
     opener: float = 0.0
     closer: float | None = None
 
+    needs_firing = True
     above_zero = ("lr",)
     not_negative = ("named", "rest", "opener", "closer")
 

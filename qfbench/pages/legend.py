@@ -20,6 +20,7 @@ COLUMNS = {
     "first": "after how many edits the first fact was last answered",
     "collapse": "the edit after which prior knowledge is under half of its start (empty: never)",
     "edits": "edits so far",
+    "edits_done": "edits so far, where runs differ in how many they make",
     "relative_norm": "‖ΔW‖ / ‖W‖ of the changed weights, Frobenius norms",
     "top": "largest singular value of ΔW over ‖W‖",
     "overlap": "largest overlap of the newest keys with those of earlier edits (1: they are the same directions)",

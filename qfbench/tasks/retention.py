@@ -26,7 +26,7 @@ from qfbench.tasks.teaching import Teaching, checkpoints
 def retention(
     run: Run,
     regimes: Mapping[str, Regime],
-    every: int | None = 1,
+    every: int | Sequence[int] | None = 1,
     orders: int = 1,
     at_most: int | None = None,
     placebo: int = 1,
@@ -37,7 +37,7 @@ def retention(
     """Run every regime over the run's facts, and over the same facts what is to stand `beside` it.
 
     Each fact is asked in all its wordings right after its own edit; all facts so far, prior knowledge, neighbours and
-    unknown subjects at the checkpoints: at every `every`-th edit and after the last (None: see `checkpoints`).
+    unknown subjects at the checkpoints: at every `every`-th edit (a list: after so many) and after the last (None: see `checkpoints`).
 
     Args:
         at_most: how many probes of each kind that do not depend on what is taught (prior knowledge, neighbours, unknown

@@ -170,12 +170,15 @@ class Teaching:
         return {measure: sum(passed) / len(passed) for measure, passed in left.items()}
 
 
-def checkpoints(n: int, every: int | None, dense: int = 50, ratio: float = 1.2) -> set[int]:
-    """The edits after which all is asked, of 1 to `n`: each `every`-th and the last; None: each up to `dense`, then ever fewer."""
-    if every is not None and every < 1:
-        raise UserError(f"task.retention.every={every}: must be 1 or more, or null")
-    if every is not None:
+def checkpoints(n: int, every: int | Sequence[int] | None, dense: int = 50, ratio: float = 1.2) -> set[int]:
+    """The edits after which all is asked, of 1 to `n`: each `every`-th, or those named, and the last; None: each up to `dense`,
+    then ever fewer."""
+    if every is not None and min([every] if isinstance(every, int) else every, default=1) < 1:
+        raise UserError(f"task.retention.every={every}: must be 1 or more (or a list of such), or null")
+    if isinstance(every, int):
         return {*range(every, n + 1, every), n}
+    if every is not None:
+        return {step for step in every if step < n} | {n}
     steps, step = set(range(1, min(n, dense) + 1)), float(dense)
     while (step := step * ratio) < n:
         steps.add(round(step))
