@@ -109,7 +109,15 @@ def test_wrong_lists_are_refused_by_name(composing):
         with pytest.raises(UserError, match=rf"study\.{name}"):
             axes(composing, **{name: value})
     with pytest.raises(UserError, match=r"study\.rates\.qf=.*has no rate"):
-        planned(settings(composing(["experiment=study", "+study.rates.qf=[0.1]", "study.models=[world-xs]", "study.editors=[qf]"])), [], composing)
+        planned(
+            settings(
+                composing(
+                    ["experiment=study", "+study.rates.qf=[0.1]", "study.models=[world-xs]", "study.editors=[qf]"]
+                )
+            ),
+            [],
+            composing,
+        )
 
 
 def test_the_best_setting_is_the_one_that_teaches_and_keeps(drawn):
