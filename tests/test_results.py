@@ -32,7 +32,9 @@ def stored(folder, settings=None, task="retention", editor=None, regimes=(sequen
     facts, always = baseline(run)
     for order, regime in product(range(orders), regimes):  # as the task does, without its figures
         about = {"order": order} if orders > 1 else {}
-        Teaching(run, regime.__name__, regime, in_order(facts, order), always, {1, 2, 3}, about).run(lambda text: None)
+        Teaching(run, regime.__name__, regime, in_order(facts, order), always, {1, 2, 3}, about).run(
+            lambda *about, **more: None
+        )
     run.store.flush()
     config = {"seed": 0, "editor": {"layer": 0, "opener": 1.0}, "regime": {"a": {}}, "beside": None} | (settings or {})
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")

@@ -223,9 +223,13 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     run = prepared(tmp_path, editor=Note(layer=3))
     facts, always = baseline(run)
     steps = []
+
+    def advance(text, work=1, before=False):
+        steps.append(text)
+
     for lr in (0.5, 2.0):
-        Teaching(run, "sequential", sequential, facts, always, [2, 3], {"scheme": "plain", "lr": lr}).run(steps.append)
-    Teaching(run, "protected", protected, facts, always, [1, 2, 3], {"scheme": "none"}).run(steps.append)
+        Teaching(run, "sequential", sequential, facts, always, [2, 3], {"scheme": "plain", "lr": lr}).run(advance)
+    Teaching(run, "protected", protected, facts, always, [1, 2, 3], {"scheme": "none"}).run(advance)
     rows = run.rows()
     edited, unsupported = (rows[rows.condition == condition] for condition in ("edited", "unsupported"))
     assert edited.groupby(["layer", "scheme", "lr"]).size().to_dict() == {
@@ -234,7 +238,7 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     assert list(unsupported[["layer", "scheme", "regime"]].itertuples(index=False, name=None)) == [
         (3, "none", "protected")
     ]
-    assert steps == ["sequential: edit 1", "sequential: edit 2", "sequential: edit 3"] * 2
+    assert steps == [f"Note sequential: edit {n}" for n in (1, 2, 3)] * 2
     assert sorted(p.stem for p in tmp_path.glob("deltas/*")) == [
         "Note-sequential-layer3-schemeplain-lr0.5",
         "Note-sequential-layer3-schemeplain-lr2.0",

@@ -20,7 +20,7 @@ from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.tasks.baseline import Asked, baseline
 from qfbench.tasks.run import Run
-from qfbench.tasks.teaching import Teaching, checkpoints
+from qfbench.tasks.teaching import Teaching, checkpoints, taught
 
 
 def retention(
@@ -55,17 +55,17 @@ def retention(
     if not_understood not in ("leave_out", "teach"):
         raise UserError(f"task.retention.not_understood={not_understood}: must be leave_out or teach")
     beside = beside or {}
-    entrants = run.beside(beside)
+    entrants, sequences = run.beside(beside), []
     for entrant, its_regimes in zip(entrants, [regimes, *(e["regimes"] for e in beside.values())], strict=True):
         facts, always = baseline(entrant, not_understood == "teach")
         always = [pair for n, pair in _numbered(always) if at_most is None or n < at_most]
         at = checkpoints(len(facts), every)
-        with run.progress(len(facts) * len(its_regimes) * orders) as advance:
-            for order, name in product(range(orders), its_regimes):
-                about = {"order": order} if orders > 1 else {}
-                # All facts are put in order, so that it is the same for entrants that understand different ones.
-                taught, regime = [f for f in in_order(run.facts, order) if f in facts], its_regimes[name]
-                Teaching(entrant, name, regime, taught, always, at, about, placebo, stop_on_collapse).run(advance)
+        for order, name in product(range(orders), its_regimes):
+            about = {"order": order} if orders > 1 else {}
+            # All facts are put in order, so that it is the same for entrants that understand different ones.
+            own, regime = [f for f in in_order(run.facts, order) if f in facts], its_regimes[name]
+            sequences.append(Teaching(entrant, name, regime, own, always, at, about, placebo, stop_on_collapse))
+    taught(run, sequences)
     rows = run.rows()
     if (rows.condition == "edited").any():
         report(run, rows, "; ".join(entrant.title for entrant in entrants))

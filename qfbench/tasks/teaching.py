@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,7 @@ from qfbench.facts.matching import stands_in
 from qfbench.facts.probes import ask
 from qfbench.models.delta import WeightDelta
 from qfbench.tasks.baseline import Asked
-from qfbench.tasks.run import Run
-
-Advance = Callable[[str], None]  # told of each unit of work
+from qfbench.tasks.run import Advance, Run
 
 
 @dataclass
@@ -54,17 +52,37 @@ class Teaching:
         self.drawn: set[int] = set()  # placebos
         self.fallen: set[str] = set()  # measures that have collapsed
 
+    @property
+    def title(self) -> str:
+        order = f", order {self.about['order']}" if "order" in self.about else ""
+        return f"{self.within.editor_name} {self.name}{order}"
+
+    @property
+    def work(self) -> int:
+        """How many probes will be asked, unless it ends early."""
+        n = len(self.facts)
+        placebos = self.placebo * self.probes_at(n) if n and self.accumulates else 0
+        return sum(map(self.probes_at, range(1, n + 1))) + placebos
+
+    def probes_at(self, step: int) -> int:
+        """About how many probes `check` asks after so many edits."""
+        own = 1 + sum(not p.always for f in self.facts for p in f.probes) // len(self.facts)
+        last = step == len(self.facts)
+        taught = step if self.accumulates else 1
+        return own * taught + len(self.always) if last else own + (step in self.at) * (taught + len(self.always))
+
     def run(self, advance: Advance) -> None:
         """Teach, check, draw placebos, save. An `Unsupported` becomes a row."""
         ended = f"{self.within.task}/{self.file}"
         if ended in self.within.store.ended:
+            advance(f"{self.title}: done before", self.work, before=True)
             return
         self.resume()
-        for _ in range(self.done):
-            advance(f"{self.name}: done before")
+        if self.done:
+            advance(f"{self.title}: done before", sum(map(self.probes_at, range(1, self.done + 1))), before=True)
         try:
             self.teach(advance)
-            self.draw_placebos()
+            self.draw_placebos(advance)
         except Unsupported as error:
             row = {"condition": "unsupported", "regime": self.name, "reply": str(error)}
             self.within.log(row | dict(self.about))
@@ -102,7 +120,7 @@ class Teaching:
             self.taught, self.total = taught, total
             left = self.check(step, total, whole=step in self.at, last=step == len(self.facts))
             self.done = step
-            advance(f"{self.name}: edit {step}")
+            advance(f"{self.title}: edit {step}", self.probes_at(step))
             self.announce(left)
             if step in self.at:
                 self.within.commit(self.file, step, total if self.accumulates else None)
@@ -121,8 +139,9 @@ class Teaching:
                 self.fallen.add(measure)
                 self.within.warn(f"{self.name}: collapse after {self.done} edits: {measure} at {share:.2f}")
 
-    def draw_placebos(self) -> None:
+    def draw_placebos(self, advance: Advance) -> None:
         for draw in range(self.placebo if self.done and self.accumulates else 0):
+            advance(f"{self.title}: placebo {draw + 1}", self.probes_at(self.done))
             if draw not in self.drawn:
                 change = self.total.placebo(seed=1_000_000 * self.about.get("order", 0) + 1000 * draw)
                 last = self.done == len(self.facts)
@@ -168,6 +187,13 @@ class Teaching:
             if probe.kind in KEPT:
                 left.setdefault(KEPT[probe.kind], []).append(row["generated"])
         return {measure: sum(passed) / len(passed) for measure, passed in left.items()}
+
+
+def taught(run: Run, sequences: Sequence[Teaching]) -> None:
+    """Run them one after another, under one progress bar."""
+    with run.progress(sum(sequence.work for sequence in sequences)) as advance:
+        for sequence in sequences:
+            sequence.run(advance)
 
 
 def checkpoints(n: int, every: int | Sequence[int] | None, dense: int = 50, ratio: float = 1.2) -> set[int]:
