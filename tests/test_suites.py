@@ -102,14 +102,18 @@ def test_every_real_answer_can_be_found_in_its_dialogue(request, real, unchecked
         tokenizer = request.getfixturevalue(f"{form}_tokenizer".replace("qwen_", ""))
     assert bool(tokenizer.chat_template) == (form == "qwen")
     render = partial(unchecked.render, tokenizer)
-    lm = SimpleNamespace(render=render)  # no more of a language model is used: nothing is run
+    lm = SimpleNamespace(render=render, tokenizer=tokenizer)  # no more of a language model is used: nothing is run
     for fact in real(name):
         aligned = unchecked.lesson(lm, fact)
         told, alone = aligned.told, aligned.alone
         spells(tokenizer, told, fact.answer)
         spells(tokenizer, alone, fact.answer)
         taught = [told.ids[at + 1] for at in aligned.told_at]
-        assert taught == [alone.ids[at + 1] for at in aligned.alone_at] == list(told.ids[told.opener :])
+        assert (
+            taught
+            == [alone.ids[at + 1] for at in aligned.alone_at]
+            == list(told.ids[told.opener + 1 : told.closer + 1])
+        )
         for probe in fact.probes:
             if probe.expected:
                 spells(tokenizer, render(probe.query, probe.system, probe.expected), probe.expected)

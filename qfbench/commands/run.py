@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -94,9 +95,10 @@ def quiet() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="qfbench")
-    from transformers.utils import logging
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # a Slurm without accounting is complained about at each poll
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
 
 
 def help_text(further: Sequence[Path] = ()) -> str:

@@ -80,7 +80,7 @@ def place(config: DictConfig) -> Path:
     return Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
 
 
-def sweep(config: DictConfig, arguments: Sequence[str], compose: Compose, launch: Launch) -> list[Sequence[JobReturn]]:
+def sweep(config: DictConfig, arguments: Sequence[str], compose: Compose, launch: Launch) -> list[Any]:
     """Print the plan; convert the layers that it needs; run its jobs; make the study of those that were finished.
 
     Raises:
@@ -94,14 +94,27 @@ def sweep(config: DictConfig, arguments: Sequence[str], compose: Compose, launch
     if axes.dry or not plan.jobs:
         return []
     waiting = {name: made for name, made in plan.conversions.items() if not finished(name)}
-    done = [launch(list(waiting.values()), initial_job_idx=0)] if waiting else []
+    failures = run_all(launch, list(waiting.values()), 0)
     able = [job for job in plan.jobs if job.config.model.path not in waiting or finished(job.config.model.path)]
-    if able:
-        done.append(launch([list(job.overrides) for job in able], initial_job_idx=len(waiting)))
-        conclude(able, axes, Path(config.hydra.sweep.dir), out)
-    for result in (one for stage in done for one in stage):
-        _ = result.return_value  # raises what the job raised
-    return done
+    failures += run_all(launch, [list(job.overrides) for job in able], len(waiting))
+    conclude(able, axes, Path(config.hydra.sweep.dir), out)
+    if failures:
+        raise failures[0]
+    return []
+
+
+def run_all(launch: Launch, jobs: list[list[str]], first: int) -> list[Exception]:
+    """Launch jobs, the first of which has the number `first`; what those that failed raised. A launcher may raise for one of them."""
+    failures: list[Exception] = []
+    try:
+        for result in launch(jobs, initial_job_idx=first) if jobs else []:
+            try:
+                _ = result.return_value
+            except Exception as error:
+                failures.append(error)
+    except Exception as error:
+        failures.append(error)
+    return failures
 
 
 def settings(config: DictConfig) -> Axes:

@@ -52,7 +52,9 @@ class QF2(Recorder):
         named: significance of the answer's words that name the new object (`known_as`), where a fact has none of its own.
         rest: significance of the answer's other words.
         opener: significance of the template's tokens before the answer; the released code has 0.
-        closer: significance of the template's tokens after it; None, as the released code, takes that of the last word.
+        closer: significance of the token that ends the turn; None, as the released code, takes that of the last word.
+
+    Punctuation inside the answer weighs 0, as in the released code.
     """
 
     layer: int
@@ -81,7 +83,7 @@ class QF2(Recorder):
         (site,) = self.sites
         site.slope(lm.model)  # only a firing block fires
         home = site.home(lm.model)
-        pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest)
+        pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest, punctuation=False)
         told, alone = record(lm, [pair.told, pair.alone], site)
         fired = told.key[list(pair.told_at)].to(home, torch.float64)
         inputs = alone.input[list(pair.alone_at)].to(home, torch.float64)
