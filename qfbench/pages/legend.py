@@ -4,6 +4,7 @@ from qfbench.analysis.catalogue import MEASURES
 
 # Beside the measures.
 COLUMNS = {
+    "asked": "chat: by the model's chat template; plain: by the suite's own prompts alone",
     "before": "share of the questions answered right by the unedited model",
     "after": "the same of the edited model, after the last edit (single: after each that was checked)",
     "drop": "before − after, on the same questions",
