@@ -19,7 +19,7 @@ COLUMNS = {
     "forgetting": "what facts have lost since they were known best: mean over k of max R[n, k] − R[N, k]",
     "half_life": "after how many further edits facts are answered half as often (empty: never)",
     "first": "after how many edits the first fact was last answered",
-    "collapse": "the edit after which prior knowledge is under half of its start (empty: never)",
+    "collapse": "the edit after which prior knowledge is under half of its start (empty: never, or of under 10 questions)",
     "edits": "edits so far",
     "relative_norm": "‖ΔW‖ / ‖W‖ of the changed weights, Frobenius norms",
     "top": "largest singular value of ΔW over ‖W‖",
