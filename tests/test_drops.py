@@ -221,6 +221,8 @@ def test_a_caption_says_what_cannot_be_seen():
     assert power(many).startswith("quiz, 500 questions (p:")
     both = power(pd.concat([many, few.assign(suite="other")]))
     assert "quiz, 500 questions; other, 50 questions, which" in both
+    form = pd.concat([many.assign(asked=asked) for asked in ("plain", "chat", "chat")])
+    assert power(form).startswith("quiz (chat and plain), 500 questions")
 
 
 def test_a_suite_that_is_too_small_is_a_caution():

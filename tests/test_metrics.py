@@ -161,7 +161,7 @@ def test_one_setting_is_enough_and_what_was_asked_of_nobody_has_no_column():
     lines = by_setting(pd.concat([rows.assign(lr=2.0), rows.assign(lr=1.0, generated=False)]), "lr")
     assert list(lines.lr) == [2.0, 1.0]
     assert list(lines.efficacy) == [0.5, 0.0]
-    measured = {f"{name}{beside}" for name in ("efficacy", "prior") for beside in ("", "_low", "_high")}
+    measured = {f"{name}{beside}" for name in ("efficacy", "prior") for beside in ("", "_low", "_high", "_n")}
     assert set(lines.columns) == {"lr", "norm", "balance"} | measured
 
 

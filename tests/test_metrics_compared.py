@@ -35,6 +35,7 @@ def everything(seed=0, n=30, **more):
     for order in range(2):
         for kind in ("edit", "paraphrase", "paraphrase_held_out", "portability", "prior", "locality", "unknown"):
             part = asked(kind, rng.random(n) < 0.6, order=order, forced=rng.random(n), leaked=rng.random(n) < 0.3)
+            part["stopped"] = rng.random(n) < 0.9
             part["fresh"] = kind.startswith(("edit", "para", "port"))
             part = part.assign(preferred=rng.random(n) < 0.5, gold=rng.random(n) < 0.5 if kind == "locality" else None)
             parts.append(part)

@@ -157,10 +157,11 @@ def test_what_was_done_is_said(text):
         assert part in said
 
 
-def printed(value, low, high, same=False):
-    """A share as the page shows it."""
+def printed(line, name):
+    """A share of a few questions as the page shows it."""
+    value, low, high, n, same = (line.get(f"{name}{beside}") for beside in ("", "_low", "_high", "_n", "_same"))
     text = f"{value:.2f}" + (f" ± {(high - low) / 2:.2f}" if high > low else "")
-    return text.replace("-0.00", "0.00").replace("-", "−") + " ~" * (same is True)
+    return text.replace("-0.00", "0.00").replace("-", "−") + " ~" * (same is True) + f" n {n:g}"
 
 
 @pytest.mark.parametrize(("section", "measure"), [("main-table", summary), ("differences", compared)])
@@ -176,7 +177,7 @@ def test_the_numbers_are_those_of_the_measures(run, text, section, measure):
             else:
                 same = want.get(f"{name}_same")
                 seen.add((same is True, "±" in line[name]))
-                assert line[name] == printed(want[name], want[f"{name}_low"], want[f"{name}_high"], same)
+                assert line[name] == printed(want, name)
     assert {(False, True), (True, False)} <= seen
 
 
@@ -247,6 +248,7 @@ def test_a_sample_has_twelve_facts_and_single_edits_have_no_end(tmp_path):
     assert "at the end" not in lines[0]
     assert "13 of 14 facts" in shown.words["question"]
     assert "1 of 14 facts are not understood by tiny" in shown.words["cautions"]
+    assert "not taught, and not in the numbers: edit 1?" in shown.words["cautions"]
     assert "not taught" in shown.words["cautions"]
     assert "No edits accumulate" in shown.words["health"]
     assert "sequences" not in shown.words
@@ -321,17 +323,18 @@ def warned(folder):
 
 
 def test_cautions_name_what_applies_and_nothing_else(tmp_path):
-    rows = run_rows(lost=4)
+    assert "Collapse" not in warned(stored(tmp_path / "few", run_rows(lost=4)))
+    rows = run_rows(12, lost=12)
     rows.loc[(rows.regime == "joint") & (rows.step == 4), "rounding_loss"] = 0.25
     folder = stored(tmp_path / "bad", rows, git_commit="c0ffee-dirty")
     said = warned(folder)
     assert set(said.splitlines()) <= set(Page(page(folder)).words["cautions"].splitlines())
     for part in (
-        "Only 4 facts stand behind each line",
-        "a true share of 0.47 would still give 4 of 4",
+        "Only 12 facts stand behind each line",
+        "a true share of 0.78 would still give 12 of 12",
         "One seed only",
         "Only 1 sequence (",
-        "Collapse of QF sequential on tiny: prior under half of its start after 3 edits, in 1 of 1 sequences",
+        "Collapse of QF sequential on tiny: prior under half of its start after 7 edits, in 1 of 1 sequences",
         "QF sequential on tiny retains no more taught facts than its placebo: it has shown nothing",
         "QF sequential on tiny keeps no more prior knowledge than its placebo",
         "QF joint on tiny: rounding loses up to 25.0% of the change",
@@ -380,9 +383,7 @@ def test_a_study_is_one_page_with_its_own_tables_and_figures(study):
     lines = shown.lines("main-table")
     table = results.pooled(results.rows_of(study))
     assert [(int(line["editor.layer"]), line["prior"]) for line in lines] == [
-        (line["editor.layer"], printed(line["prior"], line["prior_low"], line["prior_high"], line["prior_same"]))
-        if not pd.isna(line["prior"])
-        else (line["editor.layer"], "")
+        (line["editor.layer"], "" if pd.isna(line["prior"]) else printed(line, "prior"))
         for line in table.to_dict("records")
     ]
     differences = [

@@ -1,14 +1,12 @@
 """What the retention task asks, of whom and when."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
 from notebook import REFUSAL, Note, prepared, taught, untabled
 from rich.console import Console
 
-from qfbench import LanguageModel, Probe, UserError
+from qfbench import LanguageModel, UserError
 from qfbench.analysis.measures import summary
 from qfbench.analysis.sequences import forgetting
 from qfbench.editors import QF
@@ -246,37 +244,13 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     assert rows[["scheme", "lr"]][rows.condition == "in_context"].isna().all(axis=None)
 
 
-def neighbours(facts):
-    """Each fact with two neighbours more: the model is right about the first and not about the second."""
-    near = [
-        [
-            Probe("locality", f"Where is Near{f.id}?", "", ("North",), always=True, own=True),
-            Probe("locality", f"Where is Wrong{f.id}?", "", ("South",), always=True, own=True),
-        ]
-        for f in facts
-    ]
-    return [replace(f, probes=(*f.probes, *more)) for f, more in zip(facts, near, strict=True)]
-
-
-def test_own_probes_are_held_against_what_the_unedited_model_replies(tmp_path):
-    says = {"Where is Near1?": ("North.", "North.", "In the North.")}
-    run = prepared(tmp_path, says=says)
-    run.facts[:] = neighbours(run.facts)
-    untabled(run, sequential)
-    rows = run.rows()
-    near = rows[rows.kind == "locality"]
-    assert set(near.expected) == {"North."}
-    before, after = (near[near.condition == condition] for condition in ("unedited", "edited"))
-    assert len(before) == 6
-    assert before.generated.all()
-    assert list(before.gold) == [True, False] * 3
-    assert set(zip(after.step, after["query"], strict=True)) == {
-        (n, f"Where is {name}{k}?") for n in (1, 2, 3) for k in "012" for name in ("Near", "Wrong")
-    }  # also what it gets wrong: it should stay so
-    assert set(after["query"][~after.generated]) == {"Where is Near1?"}
-    assert after.gold[after["query"] == "Where is Near1?"].all()
-    assert set(after.step[~after.generated]) == {2, 3}
-    lines = summary(rows).set_index("regime")
-    assert lines.locality["sequential"] == pytest.approx(5 / 6)
-    assert lines.locality_gold["sequential"] == pytest.approx(1 / 2)
-    assert lines.locality["unedited"] == 1
+def test_a_table_says_how_many_of_the_facts_it_is_about_and_of_how_few_questions_and_which_are_left_out(tmp_path):
+    console = Console(record=True, width=80)
+    taught(tmp_path, sequential, tables=True, deaf=("1",), console=console, says={"Where is Town1?": ("South.",)})
+    text = " ".join(console.export_text().split())
+    assert "not_understood: 1 of 3 facts; they are left out: Who started Firm1? (1)" in text
+    assert "2 of 3 facts, one after another" in text
+    few = "Few questions: efficacy 2 to 3, paraphrase 2 to 3, retention 2, prior 2 to 3, refused 3, leakage 3"
+    assert few in text
+    lines = pd.read_csv(tmp_path / "retention.csv").set_index("regime")
+    assert (lines.efficacy_n["unedited"], lines.efficacy_n["sequential"], lines.prior_n["sequential"]) == (3, 2, 2)

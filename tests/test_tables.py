@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from qfbench.analysis.tables import laid_out
+from qfbench.analysis.tables import laid_out, named
 
 
 def printed(frame, hidden=()):
@@ -58,3 +58,24 @@ def test_intervals_and_marks_have_no_columns_and_hidden_ones_are_not_shown():
     assert first == ["joint", ".50±.10~"]
     assert second == ["placebo"]
     assert printed(frame)[0] == ["regime", "prior", "norm"]
+
+
+@pytest.mark.parametrize(
+    ("efficacy", "prior", "below"),
+    [
+        ((19.0, 5.0), (20.0, 20.0), "Few questions: efficacy 5 to 19"),
+        ((5.0, 5.0), (math.nan, 2.0), "Few questions: efficacy 5, prior 2"),
+        ((20.0, 20.0), (math.nan, 400.0), ""),
+    ],
+)
+def test_below_a_table_stand_the_numbers_of_questions_that_are_few(efficacy, prior, below):
+    frame = pd.DataFrame({"efficacy": [0.5, 0.5], "prior": [0.5, 0.5], "leakage": [0.5, 0.5], "norm": [0.5, 0.5]})
+    frame = frame.assign(efficacy_n=efficacy, prior_n=prior, norm_n=1.0)
+    head, _, *lines = printed(frame, ["norm"])
+    assert head == ["efficacy", "prior", "leakage"]
+    assert " ".join(word for line in lines[2:] for word in line) == below
+
+
+def test_of_many_names_the_first_are_given():
+    assert named(["a", "b"]) == "a, b"
+    assert named(list("abcdefghijkl"), most=3) == "a, b, c and 9 more"

@@ -126,6 +126,11 @@ _KNOWN = (
     ),
     Measure("locality", "kept", "locality", "generated", "neighbours of taught facts: still answered as before"),
     Measure(
+        *("locality_stopped", "kept", "locality", "stopped"),
+        "neighbours: the reply ends by itself; of one that does not, the first model.max_new_tokens tokens are compared",
+        hidden=True,
+    ),
+    Measure(
         *("locality_gold", "kept", "locality", "gold"),
         "neighbours: the reply names what the suite holds to be true",
         hidden=True,

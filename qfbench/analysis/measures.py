@@ -33,8 +33,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     all edits. A line `placebo` is the state after the last edit of the regime above it (`of`), with a random change of the same
     size instead. In the line `unedited`, `prior` and `refused` are of all that was asked.
 
-    Beside each measure stand `<measure>_low` and `<measure>_high`: its 95% interval, over orders and facts. In a line
-    `placebo`, `<measure>_same` says that it cannot be told from the regime above it (paired by probe and order).
+    Beside each measure stand `<measure>_low` and `<measure>_high`: its 95% interval, over orders and facts; and
+    `<measure>_n`, of how many different questions. In a line `placebo`, `<measure>_same` says that it cannot be told from the
+    regime above it (paired by probe and order).
     """
     out: list[dict[str, Any]] = []
     above: dict[str, pd.DataFrame] = {}
@@ -128,7 +129,8 @@ def _estimates(samples: dict[str, pd.DataFrame]) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, sample in samples.items():
         mean, low, high = map(MEASURES[name].shown, estimate(sample))
-        out |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        n = float(len(sample[["fact_id", "probe"]].drop_duplicates()))  # a float, as where a line has none
+        out |= {name: mean, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
     return out
 
 
@@ -141,7 +143,7 @@ def _same(differences: pd.DataFrame) -> bool:
 def _ordered(lines: list[dict[str, Any]]) -> pd.DataFrame:
     """The lines as a frame: who, the measures in their order, then intervals and marks; nothing that no line has."""
     frame = pd.DataFrame(lines).dropna(axis=1, how="all")
-    after = [f"{name}_{what}" for name in MEASURES for what in ("low", "high", "same")]
+    after = [f"{name}_{what}" for name in MEASURES for what in ("low", "high", "n", "same")]
     first = [name for name in frame if name not in MEASURES and name not in after and name != "norm"]
     return frame[[name for name in (*first, *MEASURES, "norm", *after) if name in frame]]
 
@@ -227,7 +229,8 @@ def _last(rows: pd.DataFrame) -> pd.DataFrame:
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per regime and checkpoint: `facts` and `keys` taught so far, the share of them answered (`retention`), `prior`.
 
-    `residual` is how far the solution misses its targets (0: every key is interpolated), `norm` is ‖ΔW‖ / ‖W‖.
+    `prior_n` is of how many questions `prior` is, `residual` how far the solution misses its targets (0: every key is
+    interpolated), `norm` is ‖ΔW‖ / ‖W‖.
     """
     edited = rows[(rows.condition == "edited") & (rows.taught == rows.step)]
     out = []
@@ -237,5 +240,6 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
         keys = tokens if regime == "joint" else tokens.cumsum()
         for step, group in own[own.checkpoint.astype(bool)].groupby("step"):
             line = {"regime": regime, "facts": int(step), "keys": int(keys[step])} | shares(group, "edit", "prior")
+            line["prior_n"] = int((group.kind == "prior").sum())
             out.append(line | {"residual": group.solve_residual.iloc[0], "norm": group.relative_norm.iloc[0]})
     return pd.DataFrame(out).rename(columns={"edit": "retention"})

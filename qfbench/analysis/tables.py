@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from rich.table import Table
 
 from qfbench.analysis.catalogue import MEASURES
 
+SMALL = 20  # a measure of fewer questions than this shows how many
+BESIDE = ("low", "high", "n", "same")  # what stands beside a column, and is shown with it
 HIDDEN = ("of", *(name for name, measure in MEASURES.items() if measure.hidden), "norm")  # of the summary
 
 
@@ -29,16 +31,36 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
     """A frame as a table, without its `hidden` columns.
 
     Where a column has its interval beside it (`<column>_low`, `<column>_high`), half of its width is printed with it,
-    and a "~" where `<column>_same`.
+    and a "~" where `<column>_same`. Below stand the numbers of questions (`<column>_n`) that are under `SMALL`.
     """
-    beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
-    shown = [column for column in frame if column not in {*hidden, *beside}]
+    shown = _shown(frame, hidden)
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.caption, table.caption_justify = _few(frame, shown), "left"
     for column in shown:
         table.add_column(escape(_header(column)), justify="right" if frame[column].dtype.kind in "fi" else "left")
     for line in frame.to_dict("records"):
         table.add_row(*(_cell(column, line) for column in shown))
     return table
+
+
+def _shown(frame: pd.DataFrame, hidden: Collection[str]) -> list[str]:
+    beside = {f"{column}_{what}" for column in frame for what in BESIDE}
+    return [str(column) for column in frame if column not in {*hidden, *beside}]
+
+
+def _few(frame: pd.DataFrame, shown: Sequence[str]) -> str | None:
+    """`Few questions: efficacy 5, locality 2 to 4`; None where there are enough."""
+    said = []
+    for column in shown:
+        n = frame.get(f"{column}_n", pd.Series(dtype=float))
+        if len(n := n[n < SMALL]):
+            said.append(f"{column.replace('_', ' ')} {' to '.join(f'{n:g}' for n in sorted({n.min(), n.max()}))}")
+    return f"Few questions: {', '.join(said)}" if said else None
+
+
+def named(names: Sequence[str], most: int = 10) -> str:
+    """The names, in a sentence; of many, the first."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _header(column: str) -> str:
@@ -76,12 +98,12 @@ class Cell:
     number: bool = False
     interval: str = ""
     same: bool = False  # cannot be told from no difference
+    few: int = 0  # of how many questions, where these are under `SMALL`
 
 
 def tabled(frame: pd.DataFrame, hidden: Collection[str] = ()) -> dict[str, Any]:
     """A frame as the template shows it: intervals and marks go into the cell of their column."""
-    beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
-    names = [str(column) for column in frame if column not in {*hidden, *beside}]
+    names = _shown(frame, hidden)
     lines = [[cell(name, line) for name in names] for line in frame.to_dict("records")]
     return {"names": names, "lines": lines}
 
@@ -100,7 +122,9 @@ def cell(name: str, line: Mapping[str, Any]) -> Cell:
     if high > low:
         text += f" ± {write((high - low) / 2)}"
         interval = f"95%: {write(low)} to {write(high)}".replace("-", "−")
-    return Cell(text.replace("-", "−"), True, interval, line.get(f"{name}_same") is True)
+    n = line.get(f"{name}_n", SMALL)
+    few = int(n) if n < SMALL else 0
+    return Cell(text.replace("-", "−"), True, interval, line.get(f"{name}_same") is True, few)
 
 
 def _short(value: float) -> str:

@@ -49,7 +49,7 @@ def main() -> None:
             out.print(laid_out(table, title, [*HIDDEN, *constant]))
             lost = pooled(rows, drops)
             if len(lost):
-                out.print(laid_out(lost, f"General ability: {power(lost)}", ["of", *constant]))
+                out.print(laid_out(lost, f"General ability: {power(lost)}", ["of", "asked", *constant]))
     except UserError as error:
         print(f"qfbench-results: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ import pandas as pd
 from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.drops import SMALL, drops
 from qfbench.analysis.sequences import over_sequence
+from qfbench.analysis.tables import named
 from qfbench.pages.results import groups, pooled
 
 FEW_FACTS, FEW_SEQUENCES = 30, 3
@@ -65,7 +66,10 @@ def _sample(rows: pd.DataFrame, known: Sequence[Provenance]) -> list[str]:
 def understood(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each run, model, editor and fact, whether its query is answered when told (`generated`)."""
     told = rows[(rows.condition == "in_context") & (rows.kind == "edit")]
-    return told.groupby(["run", "model", "editor", "fact_id"], sort=False).generated.first().astype(bool).reset_index()
+    first = (
+        told.groupby(["run", "model", "editor", "fact_id"], sort=False)[["generated", "query"]].first().reset_index()
+    )
+    return first.astype({"generated": bool})
 
 
 def _left_out(rows: pd.DataFrame) -> list[str]:
@@ -82,7 +86,7 @@ def _left_out(rows: pd.DataFrame) -> list[str]:
             )
             out.append(
                 f"{len(lost)} of {len(own)} facts are not understood by {model}, which does not answer them even when "
-                f"told (not_understood): {how}."
+                f"told (not_understood): {how}: {named(list(lost['query'].unique()))}"
             )
     for line in rows[rows.condition == "unsupported"].drop_duplicates(["editor", "regime", "reply"]).to_dict("records"):
         out.append(f"{who(line)} could not run: {line['reply']}")

@@ -18,7 +18,7 @@ from qfbench.models.dialogue import undated
 from qfbench.models.lm import LanguageModel
 
 # How replies are scored (`probes.ask`); to be raised when that changes, since older runs then compare no more.
-PROBES = 2
+PROBES = 3
 
 # What two runs must share before their numbers may be compared.
 SAME = (

@@ -79,7 +79,10 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
     same = [] if several > table.editor.nunique() else ["model"]
     same += ["editor"] if several == 1 else []
     over = "facts and orders" if rows.order.nunique() > 1 else "facts"
-    run.table(table, f"{len(run.facts)} facts, one after another: {title} (± 95% over {over})", hidden=[*same, *HIDDEN])
+    taught = rows[(rows.condition == "edited") & (rows.kind == "edit")]
+    n = sorted({own.fact_id.nunique() for _, own in taught.groupby(["model", "editor"])})
+    about = f"{' and '.join(map(str, n))} of {len(run.facts)}" if n != [len(run.facts)] else f"{n[0]}"
+    run.table(table, f"{about} facts, one after another: {title} (± 95% over {over})", hidden=[*same, *HIDDEN])
     if len(against):
         first = against.iloc[0]
         printed = against.drop(columns=[c for c in against if c.endswith("_of")])
@@ -92,7 +95,7 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
         )
     lost = drops(rows)
     if len(lost):
-        run.table(lost, f"General ability: {power(lost)}", hidden=[*same, "of"], name="regression")
+        run.table(lost, f"General ability: {power(lost)}", hidden=[*same, "of", "asked"], name="regression")
         run.keep(by_subject(rows), "regression_subjects")
     sequences = over_sequence(rows)
     if len(sequences):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qfbench.analysis.measures import KEPT
-from qfbench.analysis.sequences import COLLAPSED, what_is_left
+from qfbench.analysis.sequences import COLLAPSED, ENOUGH, what_is_left
 from qfbench.editors.regimes import Regime, accumulates
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
@@ -133,11 +134,17 @@ class Teaching:
         return self.stop_on_collapse and "prior" in self.fallen
 
     def announce(self, left: Mapping[str, float]) -> None:
-        """Say where collapse (of prior knowledge, neighbours, refusals: under half of what it was) is first seen."""
+        """Say where collapse (of prior knowledge, neighbours, refusals: under half of what it was) is first seen.
+
+        Of a few probes that is no news, unless it ends the regime.
+        """
+        asked = Counter(KEPT.get(probe.kind) for _, probe in self.always)
         for measure, share in left.items() if self.accumulates else ():
             if share < COLLAPSED and measure not in self.fallen:
                 self.fallen.add(measure)
-                self.within.warn(f"{self.name}: collapse after {self.done} edits: {measure} at {share:.2f}")
+                few = f" of {asked[measure]} probes" if asked[measure] < ENOUGH else ""
+                if not few or (measure == "prior" and self.stop_on_collapse):
+                    self.within.warn(f"{self.name}: collapse after {self.done} edits: {measure} at {share:.2f}{few}")
 
     def draw_placebos(self, advance: Advance) -> None:
         for draw in range(self.placebo if self.done and self.accumulates else 0):
