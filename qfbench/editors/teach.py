@@ -86,7 +86,7 @@ def lesson(
 
 def is_sign(lm: LanguageModel, token: int) -> bool:
     """Whether a token is punctuation alone."""
-    text = lm.tokenizer.decode([token]).strip()
+    text = str(lm.tokenizer.decode([token])).strip()
     return text != "" and all(category(letter).startswith("P") for letter in text)
 
 
