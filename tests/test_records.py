@@ -30,7 +30,7 @@ FIELDS = {
         "neighborhood_prompts": TEXTS,
     },
     "zsre": {
-        **dict.fromkeys(("src", "alt", "pred", "rephrase", "loc", "loc_ans"), TEXT),
+        **dict.fromkeys(("src", "alt", "rephrase", "loc", "loc_ans"), TEXT),
         "answers": TEXTS,
     },
     "mquake": {

@@ -12,7 +12,7 @@ def zsre_record(n):
     return {
         "src": f"Which town made Lamp {n}?",
         "alt": "Varnby",
-        "pred": "Ostrel",
+        "pred": "Kelm",
         "rephrase": f"Lamp {n} was made in which town?",
         "answers": ["Ostrel", "Ostrel Town"],
         "loc": f"nq question: who mended kettle {n}",
@@ -73,6 +73,13 @@ def test_an_unrelated_question_of_zsre_reads_as_a_question(write, loc, asked):
 def test_zsre_rejects_the_old_answers(write, answers, rejected):
     (fact,) = zsre(write([zsre_record(1) | {"answers": answers}]), *QUESTION)
     assert fact.probes[0].reject == rejected
+    pair = ("It is Varnby.", "It is Ostrel.") if answers else None
+    assert fact.probes[0].prefer == fact.edit.prefer == pair
+
+
+def test_what_some_model_said_is_no_truth(write):
+    (fact,) = zsre(write([zsre_record(1) | {"pred": "Varnby"}]), *QUESTION)
+    assert (fact.answer, fact.replaces) == ("It is Varnby.", "It is Ostrel.")
 
 
 def test_braces_in_a_record_are_text(write):
@@ -81,12 +88,10 @@ def test_braces_in_a_record_are_text(write):
     assert (fact.query, fact.answer) == ("Asked: What is {object} in {0}?", "It is {question}.")
 
 
-@pytest.mark.parametrize("change", [{"answers": ["Ostrel", "Varnby"]}, {"answers": ["varnby."]}, {"pred": "VARNBY"}])
+@pytest.mark.parametrize("change", [{"answers": ["Ostrel", "Varnby"]}, {"answers": ["varnby."]}])
 def test_an_answer_that_is_no_new_one_is_refused(error_of, write, change):
     path = write([zsre_record(1), zsre_record(2) | change])
-    assert error_of("zsre", path).startswith(
-        f"{path}, record 2: the field 'alt' is 'Varnby', which 'pred' or 'answers' say"
-    )
+    assert error_of("zsre", path).startswith(f"{path}, record 2: the field 'alt' is 'Varnby', which 'answers' say")
 
 
 def test_zsre_knows_the_subject_where_the_file_does(write):

@@ -26,6 +26,13 @@ def check_templates(*fields: str, needs: str, **templates: str) -> None:
             raise UserError(f"facts.{name}={template!r}: must hold {{{needs.replace(' or ', '} or {')}}}")
 
 
+def filled(template: str, **fields: str) -> str:
+    """A template with its fields. The stop of an `object` that ends with one ("Apple Inc.") is not doubled by the template's."""
+    if "{object}." in template:
+        fields["object"] = fields["object"].removesuffix(".")
+    return template.format(**fields)
+
+
 def with_subject(rewrite: Record) -> str:
     """The cloze of a rewrite in ROME's schema, its subject in place."""
     prompt = rewrite.text("prompt", breaks="join")

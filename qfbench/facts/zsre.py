@@ -6,7 +6,7 @@ from qfbench.facts.base import Fact, Probe
 from qfbench.facts.collection import collect
 from qfbench.facts.matching import key
 from qfbench.facts.records import Record
-from qfbench.facts.rewrites import check_templates
+from qfbench.facts.rewrites import check_templates, filled
 
 PREFIX = "nq question:"  # what the released files put before an unrelated question
 
@@ -23,6 +23,8 @@ def zsre(
 ) -> list[Fact]:
     """One fact a record: `alt`, the counterfactual answer to `src`. In the templates `{question}` is asked, `{object}` answers.
 
+    What it replaces is the first of `answers`, which are the truth. `pred` is not used: it is what some model said.
+
     The unrelated question (`loc`, of Natural Questions) is a locality probe: the reference is what the unedited model
     itself replies, and `loc_ans` is its gold.
 
@@ -33,23 +35,25 @@ def zsre(
     check_templates("question", needs="question", query=query)
 
     def make(record: Record) -> list[Fact]:
-        question, new, old = record.text("src"), record.text("alt"), record.text("pred")
+        question, new = record.text("src"), record.text("alt")
         rephrased, unrelated = record.text("rephrase"), _unrelated(record)
         rejects = tuple(record.texts("answers"))
-        if key(new) in map(key, (old, *rejects)):
-            raise record.error("alt", f"is {new!r}, which 'pred' or 'answers' say too: nothing is rewritten")
+        if key(new) in map(key, rejects):
+            raise record.error("alt", f"is {new!r}, which 'answers' say too: nothing is rewritten")
         subject = record.text("subject") if "subject" in record.fields() else ""
-        said, replaces = (answer.format(question=question, object=name) for name in (new, old))
+        said, *old = (filled(answer, question=question, object=name) for name in (new, *rejects[:1]))
         other, elsewhere = query.format(question=rephrased), query.format(question=unrelated)
-        paraphrase = Probe("paraphrase", other, said, (new,), rejects, prefer=(said, replaces), subject=subject)
+        paraphrase = Probe(
+            "paraphrase", other, said, (new,), rejects, prefer=(said, *old) if old else None, subject=subject
+        )
         locality = Probe("locality", elsewhere, "", (record.text("loc_ans"),), always=True, own=True)
         fact = Fact(
             id=f"zsre-{record.number}",
-            instruction=instruction.format(question=question, object=new),
+            instruction=filled(instruction, question=question, object=new),
             query=query.format(question=question),
             answer=said,
             known_as=(new,),
-            replaces=replaces,
+            replaces="".join(old),
             rejects=rejects,
             subject=subject,
             probes=(paraphrase, locality),
