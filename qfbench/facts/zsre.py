@@ -44,7 +44,7 @@ def zsre(
         said, *old = (filled(answer, question=question, object=name) for name in (new, *rejects[:1]))
         other, elsewhere = query.format(question=rephrased), query.format(question=unrelated)
         paraphrase = Probe(
-            "paraphrase", other, said, (new,), rejects, prefer=(said, *old) if old else None, subject=subject
+            "paraphrase", other, said, (new,), rejects, prefer=(said, old[0]) if old else None, subject=subject
         )
         locality = Probe("locality", elsewhere, "", (record.text("loc_ans"),), always=True, own=True)
         fact = Fact(
