@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qfbench.analysis.catalogue import MEASURES
+from qfbench.analysis.catalogue import BESIDE, MEASURES
 
 HIDDEN = ("of", *(name for name, measure in MEASURES.items() if measure.hidden), "norm")  # of the summary
 
@@ -28,17 +28,35 @@ def console() -> Console:
 def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> Table:
     """A frame as a table, without its `hidden` columns.
 
-    Where a column has its interval beside it (`<column>_low`, `<column>_high`), half of its width is printed with it,
-    and a "~" where `<column>_same`.
+    Where a column has its interval beside it (`<column>_low`, `<column>_high`), the way to its farther end is printed with
+    it, and a "~" where `<column>_same`; below, how many comparisons there are.
     """
-    beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
-    shown = [column for column in frame if column not in {*hidden, *beside}]
+    shown = _shown(frame, hidden)
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.caption = family(frame, hidden) or None
     for column in shown:
         table.add_column(escape(_header(column)), justify="right" if frame[column].dtype.kind in "fi" else "left")
     for line in frame.to_dict("records"):
         table.add_row(*(_cell(column, line) for column in shown))
     return table
+
+
+def _shown(frame: pd.DataFrame, hidden: Collection[str]) -> list[str]:
+    beside = {f"{column}_{what}" for column in frame for what in BESIDE}
+    return [column for column in frame if column not in {*hidden, *beside}]
+
+
+def family(frame: pd.DataFrame, hidden: Collection[str] = ()) -> str:
+    """How many comparisons a table shows, and at which level; "" where there are none."""
+    n = sum(int(frame[f"{column}_p"].count()) for column in _shown(frame, hidden) if f"{column}_p" in frame)
+    level = "5% for all together (Holm)" if frame.attrs.get("together") else "5% each"
+    return f"{n} comparison{'s' * (n > 1)} (~: may be none), at {level}" if n else ""
+
+
+def _farther(column: str, line: Mapping[str, Any]) -> float:
+    """From a value to the farther end of its interval; 0 where it has none."""
+    value = line[column]
+    return max(line.get(f"{column}_high", value) - value, value - line.get(f"{column}_low", value))
 
 
 def _header(column: str) -> str:
@@ -48,7 +66,7 @@ def _header(column: str) -> str:
 
 
 def _cell(column: str, line: Mapping[str, Any]) -> str:
-    """A table's cell: shares with two decimals and half of their interval's width, rates and other settings as they were given."""
+    """A table's cell: shares with two decimals and the farther end of their interval, rates and other settings as they were given."""
     value = line[column]
     if not isinstance(value, float):
         return escape(str(value))
@@ -58,7 +76,7 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
         return f"{value:g}"
     if column in ("p", "detectable"):
         return "<.001" if value < 0.001 else f"{value:.2g}"
-    width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
+    width = _farther(column, line)
     # Nats may differ by little; shares are never known to more than two decimals.
     decimals = min(5, max(2, -math.floor(math.log10(width)))) if column == "shift" and width else 2
     text = f"{value:.{decimals}f}"
@@ -80,10 +98,9 @@ class Cell:
 
 def tabled(frame: pd.DataFrame, hidden: Collection[str] = ()) -> dict[str, Any]:
     """A frame as the template shows it: intervals and marks go into the cell of their column."""
-    beside = {f"{column}_{what}" for column in frame for what in ("low", "high", "same")}
-    names = [str(column) for column in frame if column not in {*hidden, *beside}]
+    names = [str(column) for column in _shown(frame, hidden)]
     lines = [[cell(name, line) for name in names] for line in frame.to_dict("records")]
-    return {"names": names, "lines": lines}
+    return {"names": names, "lines": lines, "family": family(frame, hidden)}
 
 
 def cell(name: str, line: Mapping[str, Any]) -> Cell:
@@ -98,7 +115,7 @@ def cell(name: str, line: Mapping[str, Any]) -> Cell:
     low, high = (line.get(f"{name}_{side}", value) for side in ("low", "high"))
     text, interval = write(value), ""
     if high > low:
-        text += f" ± {write((high - low) / 2)}"
+        text += f" ± {write(_farther(name, line))}"
         interval = f"95%: {write(low)} to {write(high)}".replace("-", "−")
     return Cell(text.replace("-", "−"), True, interval, line.get(f"{name}_same") is True)
 
