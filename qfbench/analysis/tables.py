@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qfbench.analysis.catalogue import MEASURES
+from qfbench.analysis.catalogue import BESIDE, MEASURES
 
 SMALL = 20  # a measure of fewer questions than this shows how many
-BESIDE = ("low", "high", "n", "same")  # what stands beside a column, and is shown with it
 HIDDEN = ("of", *(name for name, measure in MEASURES.items() if measure.hidden), "norm")  # of the summary
 
 
@@ -30,12 +29,14 @@ def console() -> Console:
 def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> Table:
     """A frame as a table, without its `hidden` columns.
 
-    Where a column has its interval beside it (`<column>_low`, `<column>_high`), half of its width is printed with it,
-    and a "~" where `<column>_same`. Below stand the numbers of questions (`<column>_n`) that are under `SMALL`.
+    Where a column has its interval beside it (`<column>_low`, `<column>_high`), the way to its farther end is printed with
+    it, and a "~" where `<column>_same`. Below stand how many comparisons there are, and the numbers of questions
+    (`<column>_n`) that are under `SMALL`.
     """
     shown = _shown(frame, hidden)
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    table.caption, table.caption_justify = _few(frame, shown), "left"
+    below = [text for text in (family(frame, hidden), _few(frame, shown)) if text]
+    table.caption, table.caption_justify = "\n".join(below) or None, "left"
     for column in shown:
         table.add_column(escape(_header(column)), justify="right" if frame[column].dtype.kind in "fi" else "left")
     for line in frame.to_dict("records"):
@@ -48,19 +49,32 @@ def _shown(frame: pd.DataFrame, hidden: Collection[str]) -> list[str]:
     return [str(column) for column in frame if column not in {*hidden, *beside}]
 
 
-def _few(frame: pd.DataFrame, shown: Sequence[str]) -> str | None:
-    """`Few questions: efficacy 5, locality 2 to 4`; None where there are enough."""
+def family(frame: pd.DataFrame, hidden: Collection[str] = ()) -> str:
+    """How many comparisons a table shows, and at which level; "" where there are none."""
+    n = sum(int(frame[f"{column}_p"].count()) for column in _shown(frame, hidden) if f"{column}_p" in frame)
+    level = "5% for all together (Holm)" if frame.attrs.get("together") else "5% each"
+    return f"{n} comparison{'s' * (n > 1)} (~: may be none), at {level}" if n else ""
+
+
+def _few(frame: pd.DataFrame, shown: Sequence[str]) -> str:
+    """`Few questions: efficacy 5, locality 2 to 4`; "" where there are enough."""
     said = []
     for column in shown:
         n = frame.get(f"{column}_n", pd.Series(dtype=float))
         if len(n := n[n < SMALL]):
             said.append(f"{column.replace('_', ' ')} {' to '.join(f'{n:g}' for n in sorted({n.min(), n.max()}))}")
-    return f"Few questions: {', '.join(said)}" if said else None
+    return f"Few questions: {', '.join(said)}" if said else ""
 
 
 def named(names: Sequence[str], most: int = 10) -> str:
     """The names, in a sentence; of many, the first."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _farther(column: str, line: Mapping[str, Any]) -> float:
+    """From a value to the farther end of its interval; 0 where it has none."""
+    value = line[column]
+    return max(line.get(f"{column}_high", value) - value, value - line.get(f"{column}_low", value))
 
 
 def _header(column: str) -> str:
@@ -70,7 +84,7 @@ def _header(column: str) -> str:
 
 
 def _cell(column: str, line: Mapping[str, Any]) -> str:
-    """A table's cell: shares with two decimals and half of their interval's width, rates and other settings as they were given."""
+    """A table's cell: shares with two decimals and the farther end of their interval, rates and other settings as they were given."""
     value = line[column]
     if not isinstance(value, float):
         return escape(str(value))
@@ -80,7 +94,7 @@ def _cell(column: str, line: Mapping[str, Any]) -> str:
         return f"{value:g}"
     if column in ("p", "detectable"):
         return "<.001" if value < 0.001 else f"{value:.2g}"
-    width = (line.get(f"{column}_high", value) - line.get(f"{column}_low", value)) / 2
+    width = _farther(column, line)
     # Nats may differ by little; shares are never known to more than two decimals.
     decimals = min(5, max(2, -math.floor(math.log10(width)))) if column == "shift" and width else 2
     text = f"{value:.{decimals}f}"
@@ -105,7 +119,7 @@ def tabled(frame: pd.DataFrame, hidden: Collection[str] = ()) -> dict[str, Any]:
     """A frame as the template shows it: intervals and marks go into the cell of their column."""
     names = _shown(frame, hidden)
     lines = [[cell(name, line) for name in names] for line in frame.to_dict("records")]
-    return {"names": names, "lines": lines}
+    return {"names": names, "lines": lines, "family": family(frame, hidden)}
 
 
 def cell(name: str, line: Mapping[str, Any]) -> Cell:
@@ -120,7 +134,7 @@ def cell(name: str, line: Mapping[str, Any]) -> Cell:
     low, high = (line.get(f"{name}_{side}", value) for side in ("low", "high"))
     text, interval = write(value), ""
     if high > low:
-        text += f" ± {write((high - low) / 2)}"
+        text += f" ± {write(_farther(name, line))}"
         interval = f"95%: {write(low)} to {write(high)}".replace("-", "−")
     n = line.get(f"{name}_n", SMALL)
     few = int(n) if n < SMALL else 0
