@@ -194,7 +194,7 @@ def test_the_command_prints_a_summary_of_runs_that_differ_in_a_setting_and_pools
     assert ".50±.50" in line
     stored(tmp_path / "c", {"editor": {"layer": 1, "opener": 1.0}}, editor=Note(layer=1))
     lines = [line.split() for line in command(tmp_path)[1].splitlines() if "sequential" in line]
-    assert [line[0] for line in lines] == ["0", "1"]  # the layer
+    assert [line[2] for line in lines] == ["0", "1"]  # the layer
     assert [sum(cell.startswith("1.00") for cell in line) for line in lines] == [4, 5]
 
 

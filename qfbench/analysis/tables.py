@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from qfbench.analysis.catalogue import BESIDE, MEASURES
@@ -22,8 +24,8 @@ HIDDEN = ("of", *(name for name, measure in MEASURES.items() if measure.hidden),
 
 
 def console() -> Console:
-    """The terminal, or where output goes elsewhere 100 columns."""
-    return Console(width=None if sys.stdout.isatty() else 100)
+    """The terminal; where output goes elsewhere as many columns as COLUMNS says, or 100."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
 
 
 def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> Table:
@@ -38,10 +40,57 @@ def laid_out(frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> T
     below = [text for text in (family(frame, hidden), _few(frame, shown)) if text]
     table.caption, table.caption_justify = "\n".join(below) or None, "left"
     for column in shown:
-        table.add_column(escape(_header(column)), justify="right" if frame[column].dtype.kind in "fi" else "left")
+        number = frame[column].dtype.kind in "fi"
+        table.add_column(escape(_header(column)), justify="right" if number else "left", no_wrap=number)
     for line in frame.to_dict("records"):
-        table.add_row(*(_cell(column, line) for column in shown))
+        table.add_row(*(_cell(column, line, _given(frame)) for column in shown))
     return table
+
+
+def show(out: Console, frame: pd.DataFrame, title: str, hidden: Collection[str] = ()) -> None:
+    """Print a frame as tables that the console is wide enough for: each has the columns before the first measure, and some more."""
+    shown = _shown(frame, hidden)
+    first = next((i for i, name in enumerate(shown) if name in MEASURES), len(shown))
+    who, rest = shown[:first], shown[first:]
+    while True:
+        part = list(rest)
+        while len(part) > 1 and _width(out, frame, [*who, *part]) > out.width:
+            part.pop()
+        left_out = [name for name in shown if name not in (*who, *part)]
+        out.print(laid_out(frame, title, [*hidden, *left_out]))
+        rest = rest[len(part) :]
+        if not rest:
+            return
+
+
+def _width(out: Console, frame: pd.DataFrame, shown: Sequence[str]) -> int:
+    hidden = [name for name in frame if name not in shown]
+    return Measurement.get(out, out.options.update(max_width=10_000), laid_out(frame, "", hidden)).maximum
+
+
+def written(frame: pd.DataFrame, kind: str, hidden: Collection[str] = ()) -> str:
+    """A frame as text: `csv` and `json` with all columns, `markdown` and `latex` (booktabs) as it is printed."""
+    if kind == "csv":
+        return frame.to_csv(index=False)
+    if kind == "json":
+        return frame.to_json(orient="records", indent=2, force_ascii=False) + "\n"
+    shown = _shown(frame, hidden)
+    lines = [
+        shown,
+        *(
+            [_cell(name, line, _given(frame)).replace("\\[", "[") for name in shown]
+            for line in frame.to_dict("records")
+        ),
+    ]
+    numbers = [frame[name].dtype.kind in "fi" for name in shown]
+    if kind == "markdown":
+        rule = ["---:" if number else "---" for number in numbers]
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in (lines[0], rule, *lines[1:]))
+    special = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "±": "$\\pm$"})
+    body = [" & ".join(cell.translate(special) for cell in cells) + " \\\\" for cells in lines]
+    columns = "".join("r" if number else "l" for number in numbers)
+    head = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", body[0], "\\midrule", *body[1:]]
+    return "\n".join([*head, "\\bottomrule", "\\end{tabular}", ""])
 
 
 def _shown(frame: pd.DataFrame, hidden: Collection[str]) -> list[str]:
@@ -83,14 +132,19 @@ def _header(column: str) -> str:
     return "by" if column == "editor" else str(column).replace("_", " ").replace(".", ".\n")
 
 
-def _cell(column: str, line: Mapping[str, Any]) -> str:
+def _given(frame: pd.DataFrame) -> Collection[str]:
+    """Columns that hold settings, to be written as they were given."""
+    return ("lr", *frame.attrs.get("settings", ()))
+
+
+def _cell(column: str, line: Mapping[str, Any], given: Collection[str]) -> str:
     """A table's cell: shares with two decimals and the farther end of their interval, rates and other settings as they were given."""
     value = line[column]
     if not isinstance(value, float):
         return escape(str(value))
     if math.isnan(value):
         return ""
-    if column == "lr" or "." in column:  # a setting, as `editor.lr`
+    if column in given or "." in column:  # as `editor.lr`
         return f"{value:g}"
     if column in ("p", "detectable"):
         return "<.001" if value < 0.001 else f"{value:.2g}"
