@@ -55,8 +55,8 @@ def compared(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> pd.DataF
     """Every model, editor and regime against the first one; or, with `others`, against the same regime of those rows.
 
     Differences of the measures of `summary`, paired by probe and order, columns as there; `<measure>_p` and
-    `<measure>_same` as in a line `placebo`. Of `model`, `editor`, `regime` against `model_of`, `editor_of`, `regime_of`; `facts` is how many facts
-    both were asked about.
+    `<measure>_same` as in a line `placebo`. Of `model`, `editor`, `regime` against `model_of`, `editor_of`, `regime_of`;
+    `facts` is how many facts both were asked about.
     """
     lines = _edited(rows)
     if others is None:
@@ -150,7 +150,7 @@ def _tested(name: str, differences: pd.DataFrame) -> dict[str, Any]:
 def together(table: pd.DataFrame, hidden: Collection[str] = ()) -> pd.DataFrame:
     """A table of `summary` or `compared` whose marks hold all at once at 5% (Holm), over lines and measures that are not `hidden`."""
     names = [name for name in MEASURES if f"{name}_p" in table and name not in hidden]
-    adjusted = holm(table[[f"{name}_p" for name in names]].to_numpy(float).ravel()).reshape(len(table), -1)
+    adjusted = holm(table[[f"{name}_p" for name in names]].to_numpy(float).ravel()).reshape(len(table), len(names))
     out = table.copy()
     out.attrs["together"] = True
     for name, p in zip(names, adjusted.T, strict=True):

@@ -34,7 +34,7 @@ def interval(
     `within` is the least and greatest value there can be. The interval is then taken as if there were two more facts at
     either end of a share, as Agresti and Coull (1998) do for binomial ones, so that it has a width where all values are
     alike (of a difference of shares one fact at either end, of a wider range fewer). Without it, and with one cluster, it
-    has no width and says nothing.
+    has no width and says nothing. `times` is how often the variance of the last level counts (see `paired`).
 
     Raises:
         UserError: a value does not lie `within`.
@@ -180,7 +180,8 @@ def paired(sample: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
     Both have columns `value`, `fact_id`, `probe`, `order` and `group`. Where both have several groups in an order (single
     edits), they are paired group by group; where one side has (draws of a placebo), each of its groups with the other side's
-    one. What only one side was asked is left out.
+    one, which counts as one draw more: their variance counts `times` (1 + draws), as where a new one is predicted. What only
+    one side was asked is left out.
     """
     key = [name for name in ("run", "order", "fact_id", "probe") if name in sample]
     several = [part.group.nunique() > part.order.nunique() for part in (sample, other)]
