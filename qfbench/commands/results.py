@@ -17,6 +17,7 @@ from qfbench.analysis.measures import together
 from qfbench.analysis.overview import narrowed, ordered, overview, where
 from qfbench.analysis.tables import HIDDEN, console, laid_out, show, written
 from qfbench.commands import show_all
+from qfbench.commands.rescore import rescored
 from qfbench.errors import UserError
 from qfbench.pages.results import compare, differing_settings, folders, pooled, retention, ship, told_apart
 from qfbench.runs.provenance import SAME
@@ -26,6 +27,9 @@ KINDS = ("csv", "json", "markdown", "latex")
 
 def summarize(args: argparse.Namespace, out: Console) -> None:
     rows = retention(*args.folders)
+    if args.rescore:
+        rows, said = rescored(rows)
+        out.print(said, markup=False, soft_wrap=True)
     table = pooled(rows)
     table = overview(together(table, HIDDEN) if args.holm else table)
     conclude(table, f"{rows.run.nunique()} runs (± 95% over facts, orders and seeds)", HIDDEN, args, out)
@@ -98,6 +102,9 @@ def main() -> None:
     parser.add_argument("--holm", action="store_true", help="~ by tests that hold all together at 5%%, not each")
     parser.add_argument(
         "--flips", action="store_true", help="with --against RUN: each question that one passes and the other does not"
+    )
+    parser.add_argument(
+        "--rescore", action="store_true", help="score stored replies again, by today's rules, without a model"
     )
     parser.add_argument(
         "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only these lines (VALUE,VALUE: either)"
