@@ -147,14 +147,14 @@ _KNOWN = (
     ),
     Measure(
         *("refused", "kept", "unknown", "generated"),
-        "subjects nobody taught: still refused as before",
+        "subjects nobody taught: still refused, or else answered, as before",
         style=("#E69F00", "--", "v"),
         label="refusals kept",
         drawn=True,
     ),
     Measure(
         *("leakage", "kept", "unknown", "leaked"),
-        "the same subjects: answered with something that was taught (lower is better)",
+        "the same subjects: answered with something that was taught, and not before (lower is better)",
         style=("#CC79A7", "-.", "x"),
     ),
     Measure(
