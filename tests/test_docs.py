@@ -24,7 +24,8 @@ MODULES = {"qfbench": "run", "qfbench-facts": "facts", "qfbench-results": "resul
 PLUGINS = {  # what needs an extra
     "experiment=tune": "hydra_plugins.hydra_optuna_sweeper",
     "hydra/launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
-    "hydra/launcher=submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/launcher=slurm_cpu": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/launcher=slurm_gpu": "hydra_plugins.hydra_submitit_launcher",
 }
 
 

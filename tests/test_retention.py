@@ -1,5 +1,7 @@
 """What the retention task asks, of whom and when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -58,6 +60,17 @@ def test_leaked_is_an_unknown_subject_that_gets_the_answer_of_any_fact_taught_so
         (2, "Who started Nothing0?"),
         (3, "Who started Nothing0?"),
     ]
+
+
+def test_what_was_said_of_an_unknown_subject_before_is_no_leak(tmp_path):
+    says = {"Who started Nothing0?": ("Bo, I guess.", "Bo, I guess.", "Bo, or Ada.", "Bo, I guess.")}
+    run = prepared(tmp_path, says=says)
+    prior, unknown = run.facts[0].probes[1:]
+    run.facts[0] = replace(run.facts[0], probes=(prior, replace(unknown, expected="", own=True)))
+    untabled(run, sequential)
+    asked = run.rows().query("condition == 'edited' and query == 'Who started Nothing0?'").sort_values("step")
+    assert list(asked.generated) == [True, False, True]
+    assert list(asked.leaked) == [False, True, False]
 
 
 def test_what_the_unedited_model_gets_wrong_is_not_asked_again(tmp_path):

@@ -71,6 +71,7 @@ def test_a_study_is_an_array_and_its_conversions_come_first(tmp_path):
         start(
             tmp_path / "study", "experiment=study", *small, "study.editors=[qf_answer_only,qf2_answer_only]",
             "study.rates={qf2_answer_only: [0.1]}", "study.convert=true", "study.reckon=false",
+            "task.retention.not_understood=teach",  # so short a conversion breaks the model
             f'study.conversion=["experiment=convert","data.batch=2","{steps}"]',
         )
     )  # fmt: skip

@@ -106,12 +106,12 @@ def _pairs(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[dict[str, An
 
 
 def _measured(both: pd.DataFrame) -> dict[str, Any]:
-    about = pd.DataFrame({"fact_id": both.fact_id, "group": both.state, "run": both.run})
+    about = both[["fact_id", "run", "order"]].assign(group=both.state)
     lost = about.assign(value=both.correct_before - both.correct)
     asked = both.asked.iloc[0]  # "" in older rows
     out: dict[str, Any] = ({"asked": asked} if asked else {}) | {"questions": both.fact_id.nunique()}
     out |= {"before": both.correct_before.mean(), "after": both.correct.mean()}
-    out |= dict(zip(("drop", "drop_low", "drop_high"), estimate(lost), strict=True))
+    out |= dict(zip(("drop", "drop_low", "drop_high"), estimate(lost, (-1.0, 1.0)), strict=True))
     states = lost.groupby(["run", "group"]).value
     changed = {(len(v), int((v > 0).sum()), int((v < 0).sum())) for _, v in states}
     out["p"] = max(mcnemar(losses, gains) for _, losses, gains in changed)

@@ -26,7 +26,7 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     out = []
     by = ["model", "editor", "regime", "step"]
     for key, group in asked.groupby(by, sort=False):
-        low, high = interval(group.generated, group.fact_id, group.order)
+        low, high = interval(group.generated, group.fact_id, [group.run, group.order], within=(0.0, 1.0))
         measured = {"mean": group.generated.astype(float).mean(), "low": low, "high": high}
         out.append(dict(zip(by, key, strict=True)) | measured)
     return pd.DataFrame(out, columns=[*by, "mean", "low", "high"])

@@ -34,6 +34,7 @@ Commands
   qfbench experiment=layer_ablation                a study (list below)
   qfbench experiment=retention editor=finetune     a run of your own
   qfbench -m editor.layer=2,3,4 facts.seed=0,1     a sweep of your own
+  qfbench experiment=study hydra/launcher=slurm_cpu  any sweep on Slurm (hydra/launcher=slurm_gpu: with a GPU; docs/slurm.md)
   qfbench --config-dir mine editor=mine            an editor, a suite ... of your own, in the folder mine (docs/plugins.md)
   qfbench-facts table facts.path=mine.jsonl        look at facts, without a model
   qfbench-results outputs/retention                tables of stored runs

@@ -228,11 +228,18 @@ def show(plan: Plan, axes: Axes, out: Console) -> None:
     left = [job for job in plan.jobs if not (job.folder / "retention.csv").exists()]
     if len(left) < len(plan.jobs):
         out.print(f"measured already: {len(plan.jobs) - len(left)} jobs")
+    text = f"about {gigabytes(plan, left):.1g} GB for changes of weights, and a copy of its model for each conversion"
     if left and axes.reckon:
-        minutes = (
-            sum(seconds_of(plan.stock[model], [j for j in left if j.model == model]) for model in axes.models) / 60
-        )
-        out.print(f"about {minutes:.0f} minutes one after another, before conversions", highlight=False)
+        seconds = sum(seconds_of(plan.stock[model], [j for j in left if j.model == model]) for model in axes.models)
+        text = f"about {seconds / 60:.0f} minutes one after another, before conversions; {text}"
+    out.print(text, highlight=False, soft_wrap=True)
+
+
+def gigabytes(plan: Plan, jobs: Sequence[Job]) -> float:
+    """Of the changes that the jobs will keep: a matrix in float32 for each order."""
+    configs = {model: model_config(stock.model.path) for model, stock in plan.stock.items()}
+    matrices = {model: config.hidden_size * config.intermediate_size for model, config in configs.items()}
+    return sum(4e-9 * matrices[job.model] * job.config.task.retention.orders for job in jobs)
 
 
 def seconds_of(stock: DictConfig, jobs: Sequence[Job]) -> float:

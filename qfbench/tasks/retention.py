@@ -88,7 +88,7 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
         printed = against.drop(columns=[c for c in against if c.endswith("_of")])
         run.table(
             against,
-            f"Differences from {first.editor_of} {first.regime_of}, same facts and orders (~: may be none)",
+            f"Differences from {first.editor_of} {first.regime_of}, same facts and orders",
             hidden=[*same, *HIDDEN, "facts"],
             name="compared",
             printed=printed,

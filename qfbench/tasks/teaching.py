@@ -11,7 +11,7 @@ from qfbench.analysis.measures import KEPT
 from qfbench.analysis.sequences import COLLAPSED, ENOUGH, what_is_left
 from qfbench.editors.regimes import Regime, accumulates
 from qfbench.errors import Unsupported, UserError
-from qfbench.facts.base import Fact
+from qfbench.facts.base import Fact, Probe
 from qfbench.facts.matching import stands_in
 from qfbench.facts.probes import ask
 from qfbench.models.delta import WeightDelta
@@ -183,9 +183,15 @@ class Teaching:
             rows = ask(self.within.lm, [p for _, p in asked])
             general = list(self.within.general()) if whole else []
         answers = {known for fact in self.taught for known in fact.known_as}
+
+        def leaked(probe: Probe, reply: str) -> bool:
+            """Whether an unknown subject gets a taught answer that was not said of it before."""
+            said = (known for known in answers if stands_in(known, reply))
+            return probe.kind == "unknown" and any(not stands_in(known, probe.expected) for known in said)
+
         for i, ((fact, probe), row) in enumerate(zip(asked, rows, strict=True)):
             row["fresh"] = i < n_fresh
-            row["leaked"] = probe.kind == "unknown" and any(stands_in(known, row["reply"]) for known in answers)
+            row["leaked"] = leaked(probe, row["reply"])
             self.within.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)
         for row in general:
             self.within.log(row, fresh=False, leaked=False, **same)
