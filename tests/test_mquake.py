@@ -203,3 +203,12 @@ def test_all_of_mquake_loads(raw, real):
             assert probe.expected == record["new_answer"]
             assert not set(probe.accept) & set(probe.reject)
     assert not asked
+
+
+def test_mquake_as_released(shared, suite):
+    facts = suite("mquake", shared("mquake/mquake_60.json"))
+    assert len(facts) == 186
+    assert sum(len(fact.probes) for fact in facts) == 180
+    new, old = zip(*((fact.known_as[0], *fact.rejects) for fact in facts), strict=True)
+    assert [sum(name.endswith(".") for name in names) for names in (new, old)] == [1, 8]
+    assert not [text for f in facts for text in (f.instruction, f.answer, f.replaces) if text.endswith("..")]

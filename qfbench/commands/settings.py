@@ -206,7 +206,7 @@ def check_model(path: str, chosen: str) -> None:
         UserError: a path is given with them.
     """
     file = CONF / "model" / f"{chosen}.yaml"  # not there: a plug-in's
-    built_in = chosen != OWN and file.exists() and "/" not in OmegaConf.load(file).path
+    built_in = chosen != OWN and file.exists() and (PACKAGE / "world" / "models" / OmegaConf.load(file).path).is_dir()
     recipe = Path(path) / "recipe.json"  # of a conversion: what suits the base suits it
     if built_in and path != chosen and not (recipe.exists() and json.loads(recipe.read_text()).get("base") == chosen):
         raise UserError(

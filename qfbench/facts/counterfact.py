@@ -37,7 +37,7 @@ def counterfact(
             raise UserError(f"facts.{name}={count}: must be 0 or more")
 
     def said(cloze: str, object: str) -> str:
-        return filled(answer, cloze=cloze, object=object)
+        return filled(answer, object, cloze=cloze)
 
     def make(record: Record) -> list[Fact]:
         rewrite = record.record("requested_rewrite")
@@ -57,7 +57,7 @@ def counterfact(
         fact = Fact(
             id=f"counterfact-{record.key('case_id')}",
             kind=rewrite.text("relation_id"),
-            instruction=filled(instruction, cloze=statement, object=new),
+            instruction=filled(instruction, new, cloze=statement),
             query=query.format(cloze=statement),
             answer=said(statement, new),
             known_as=(new,),

@@ -58,11 +58,11 @@ def mquake(
             return Fact(
                 id=f"mquake-{record.key('case_id')}-{i}",
                 kind=rewrite.text("relation_id"),
-                instruction=filled(instruction, question=question, cloze=cloze, object=new),
+                instruction=filled(instruction, new, question=question, cloze=cloze),
                 query=query.format(question=question),
-                answer=filled(answer, question=question, cloze=cloze, object=new),
+                answer=filled(answer, new, question=question, cloze=cloze),
                 known_as=(new, *_without(aliases.get(question, ()), (old,))),
-                replaces=filled(answer, question=question, cloze=cloze, object=old),
+                replaces=filled(answer, old, question=question, cloze=cloze),
                 rejects=(old,),
                 subject=rewrite.text("subject", breaks="join"),
             )

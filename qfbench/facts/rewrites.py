@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from string import Formatter
 
 from qfbench.errors import UserError
-from qfbench.facts.matching import key
+from qfbench.facts.matching import STOPS, key
 from qfbench.facts.records import Record
 
 
@@ -26,11 +27,11 @@ def check_templates(*fields: str, needs: str, **templates: str) -> None:
             raise UserError(f"facts.{name}={template!r}: must hold {{{needs.replace(' or ', '} or {')}}}")
 
 
-def filled(template: str, **fields: str) -> str:
-    """A template with its fields. The stop of an `object` that ends with one ("Apple Inc.") is not doubled by the template's."""
-    if "{object}." in template:
-        fields["object"] = fields["object"].removesuffix(".")
-    return template.format(**fields)
+def filled(template: str, object: str, **fields: str) -> str:
+    """A template as a text. After an object that ends with a stop of its own ("Apple Inc."), the template's full stop goes."""
+    if object[-1:] in STOPS:
+        template = re.sub(r"(?<=\{object\})\.(?!\.)", "", template)
+    return template.format(object=object, **fields)
 
 
 def with_subject(rewrite: Record) -> str:
