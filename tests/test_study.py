@@ -139,7 +139,7 @@ def test_the_best_setting_is_the_one_that_teaches_and_keeps(drawn):
 
 
 SMALL = ["study.models=[world-xs]", "study.layers=[2]", "study.editors=[qf_answer_only,finetune]", "study.edits=[1,2]"]
-SMALL += ["study.rates={finetune: [0.003, 0.01]}", "regression=[none]", "threads=1", "task.retention.orders=1"]
+SMALL += ["study.rates={finetune: [0.01]}", "regression=[none]", "threads=1", "task.retention.orders=1", "task.retention.placebo=0"]
 
 
 def command(folder, *arguments):
@@ -154,23 +154,23 @@ def command(folder, *arguments):
 def test_one_command_measures_all_goes_on_where_it_was_and_ends_with_its_tables(tmp_path):
     code, out, err = command(tmp_path, "study.dry=true")
     assert (code, (tmp_path / "outputs/study").exists()) == (0, False), err
-    assert "3 jobs, asked after 1, 2 edits" in out
+    assert "2 jobs, asked after 1, 2 edits" in out
     assert "minutes one after another" in out
     code, out, err = command(tmp_path, "study.reckon=false")
     assert code == 0, err
     folder = tmp_path / "outputs/study"
     table = pd.read_csv(folder / "study/study.csv")
-    assert len(table) == 6
+    assert len(table) == 4
     assert set(table.editor) == {"qf_answer_only", "finetune"}
     assert set(table.edits) == {1, 2}
     assert "qfbench-report outputs/study" in out
     runs = {path: path.stat().st_mtime_ns for path in folder.glob("*/rows.parquet")}
-    assert len(runs) == 3
+    assert len(runs) == 2
     gone = next(iter(runs)).parent
     progress = json.loads((gone / "progress.json").read_text())
     code, out, err = command(tmp_path, "study.reckon=false")
     assert code == 0, err
-    assert "measured already: 3 jobs" in out
+    assert "measured already: 2 jobs" in out
     assert runs == {path: path.stat().st_mtime_ns for path in folder.glob("*/rows.parquet")}
     assert progress["finished"]
     assert OmegaConf.load(gone / "config.yaml").task.retention.every == [1, 2]
