@@ -139,7 +139,13 @@ def test_the_best_setting_is_the_one_that_teaches_and_keeps(drawn):
 
 
 SMALL = ["study.models=[world-xs]", "study.layers=[2]", "study.editors=[qf_answer_only,finetune]", "study.edits=[1,2]"]
-SMALL += ["study.rates={finetune: [0.01]}", "regression=[none]", "threads=1", "task.retention.orders=1", "task.retention.placebo=0"]
+SMALL += [
+    "study.rates={finetune: [0.01]}",
+    "regression=[none]",
+    "threads=1",
+    "task.retention.orders=1",
+    "task.retention.placebo=0",
+]
 
 
 def command(folder, *arguments):
