@@ -1,6 +1,6 @@
 """What one edit costs: seconds to record, to solve and to write, tokens seen, memory; apart from it, seconds to ask.
 
-No two clock readings are alike, so they are rows of this task and never of `retention`, whose rows can be had again byte for byte.
+No two clock readings are alike, so they are rows of this task and never of `retention`, whose rows can be had again.
 """
 
 from __future__ import annotations
