@@ -41,11 +41,11 @@ def queued():
 
 
 def running_with_rows(folder, seconds=120):
-    """The id of a running job, once all runs below `folder` have rows and none is finished."""
+    """The id of a running job, once both runs below `folder` have rows and none is finished."""
     for _ in range(seconds * 5):
         found = list(folder.glob("outputs/retention/*/rows.parquet"))
         jobs = [job for job, state in queued().items() if state == "RUNNING"]
-        if found and jobs and not list(folder.glob("outputs/retention/*/retention.csv")):
+        if len(found) == 2 and len(jobs) == 2 and not list(folder.glob("outputs/retention/*/retention.csv")):
             return jobs[0]
         time.sleep(0.2)
     raise AssertionError("no job has written rows")
