@@ -12,7 +12,7 @@ from qfbench import UserError
 from qfbench.analysis.overview import narrowed, ordered, overview, where
 from qfbench.analysis.tables import show, written
 
-NAN = float("nan")
+SETTINGS = ["model.path", "editor._target_", "editor.layer", "editor.lr"]
 
 
 def table():
@@ -28,7 +28,7 @@ def table():
 
 
 def test_only_what_varies_is_shown_by_short_names_and_baselines_stand_once():
-    got = overview(table())
+    got = overview(table(), SETTINGS)
     assert list(got)[:5] == ["model", "editor", "regime", "layer", "lr"]
     assert not {"model.path", "editor._target_"} & set(got)
     assert got.regime.value_counts().to_dict() == {"sequential": 4, "placebo": 4, "unedited": 1}
@@ -39,18 +39,18 @@ def test_only_what_varies_is_shown_by_short_names_and_baselines_stand_once():
 
 
 def test_a_short_name_that_means_two_things_stays_long():
-    got = overview(table().assign(**{"facts.layer": np.arange(12)}))
+    got = overview(table().assign(**{"facts.layer": np.arange(12)}), [*SETTINGS, "facts.layer"])
     assert {"editor.layer", "facts.layer", "lr"} <= set(got)
 
 
 def test_a_baseline_of_another_size_stays():
     changed = table()
     changed.loc[3, "prior"] = 0.5
-    assert (overview(changed).regime == "unedited").sum() == 2
+    assert (overview(changed, SETTINGS).regime == "unedited").sum() == 2
 
 
 def test_lines_are_chosen_by_what_they_hold():
-    got = overview(table())
+    got = overview(table(), SETTINGS)
     assert len(where(got, ["lr=0.003", "layer=10"])) == 2
     assert set(where(got, ["regime=sequential"]).regime) == {"sequential", "placebo"}
     assert len(where(got, ["layer=2,10"])) == 8
@@ -61,7 +61,7 @@ def test_lines_are_chosen_by_what_they_hold():
 
 
 def test_measures_are_sorted_from_the_highest_and_settings_from_the_lowest():
-    got = overview(table())
+    got = overview(table(), SETTINGS)
     assert ordered(got, "efficacy").efficacy.dropna().tolist() == [0.1, 0.03, 0.02, 0.006, 0.0]
     assert ordered(got, "layer").layer.dropna().tolist() == [2.0] * 4 + [10.0] * 4
     with pytest.raises(UserError, match="--sort age"):
@@ -69,7 +69,7 @@ def test_measures_are_sorted_from_the_highest_and_settings_from_the_lowest():
 
 
 def test_columns_keep_their_intervals():
-    assert list(narrowed(overview(table()), ["layer", "efficacy"])) == [
+    assert list(narrowed(overview(table(), SETTINGS), ["layer", "efficacy"])) == [
         *("layer", "efficacy", "efficacy_low", "efficacy_high")
     ]
 
@@ -82,7 +82,7 @@ def printed(frame, width):
 
 @pytest.mark.parametrize("width", [200, 60, 52])
 def test_no_number_is_cut_where_the_window_is_narrow(width):
-    text = printed(overview(table()), width)
+    text = printed(overview(table(), SETTINGS), width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     for number in ("0.003", "10", ".10±.40", "0.99"):
@@ -91,7 +91,7 @@ def test_no_number_is_cut_where_the_window_is_narrow(width):
 
 
 def test_a_table_can_be_written_in_four_forms():
-    frame = overview(table())
+    frame = overview(table(), SETTINGS)
     assert pd.read_csv(io.StringIO(written(frame, "csv"))).efficacy.tolist() == pytest.approx(
         frame.efficacy.tolist(), nan_ok=True
     )

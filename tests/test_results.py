@@ -200,6 +200,7 @@ def test_the_command_prints_a_summary_of_runs_that_differ_in_a_setting_and_pools
 
 def test_the_command_prints_the_differences_of_two_runs(command, two):
     code, out, err = command(two[1], "--against", two[0])
+    assert "facts" in out  # how many both were asked about
     assert (code, err) == (0, "")
     assert "Differences from" in out
     (line,) = (line for line in out.splitlines() if "sequential" in line)
@@ -225,6 +226,27 @@ def test_the_command_says_in_one_line_what_is_wrong(command, tmp_path, two):
         assert message in err
         assert err.count("\n") == 1
     assert command(two[0], "--against", other, "--across", "dtype")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--flips"], "--flips: needs --against RUN"),
+        (["--against", "OTHER", "--rescore"], "--against and --rescore cannot be given together"),
+        (["--against", "OTHER", "--flips", "--where", "regime=joint"], "--flips and --where cannot be given together"),
+        (["--ship", "OTHER", "--csv", "all.csv"], "--ship and --csv cannot be given together"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(command, two, options, said):
+    code, out, err = command(two[0], *(str(two[1]) if word == "OTHER" else word for word in options))
+    assert (code, out, err) == (2, "", f"qfbench-results: {said}\n")
+
+
+def test_flips_are_of_two_runs(command, two):
+    assert "2 are given beside --against" in command(*two, "--against", two[0], "--flips")[2]
+    code, out, err = command(two[0], "--against", two[1], "--flips")
+    assert (code, err) == (0, "")
+    assert "3 questions that one passes" in out
 
 
 def test_the_command_refuses_words_it_does_not_know(command, two):

@@ -138,6 +138,16 @@ def test_the_best_setting_is_the_one_that_teaches_and_keeps(drawn):
     assert {"1.00", "0.50", "0.00", "0.25"} <= texts
 
 
+@pytest.mark.parametrize("deaf", [(), (3,)])
+def test_the_last_number_of_edits_is_after_all_facts_that_are_understood(deaf):
+    """Of four facts one may not be understood; a model alone is told apart no less than beside others."""
+    frame = regular(run_rows(n=4, regimes=["sequential"], deaf=deaf, lost=0)).assign(run="0")
+    about = pd.DataFrame({"model": ["small"], "editor": ["qf"], "layer": [2], "lr": [None]}, index=["0"])
+    got = core(frame, about, [1, 4]).tables
+    assert got["study"].edits.tolist() == [1, 4]
+    assert got["best"][["edits", "retention", "retention_n"]].to_numpy().tolist() == [[4, 1.0, 4 - len(deaf)]]
+
+
 SMALL = ["study.models=[world-xs]", "study.layers=[2]", "study.editors=[qf_answer_only,finetune]", "study.edits=[1,2]"]
 SMALL += [
     "study.rates={finetune: [0.01]}",

@@ -13,13 +13,13 @@ WHO = ["model", "editor", "regime"]
 BASELINES = ("unedited", "in_context")
 
 
-def overview(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of `results.pooled`: first who, then the settings that tell its lines apart, then measures.
+def overview(table: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
+    """The table of `results.pooled`: first who, then those of `settings` that tell its lines apart, then measures.
 
     Settings that follow from model and editor are left out; the others lose what stands before their last dot, where that is
     enough. Lines about the unedited model that say the same stand once, without settings of an editor.
     """
-    settings = [name for name in table if name in _settings(table)]
+    settings = [name for name in settings if name in table]
     follow = [name for name in settings if (table.groupby(["model", "editor"])[name].nunique(dropna=False) == 1).all()]
     settings = [name for name in settings if name not in follow]
     short = [name.rsplit(".", 1)[-1] for name in settings]
@@ -36,11 +36,6 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
     table = table[[*first, *(name for name in table if name not in first)]].reset_index(drop=True)
     table.attrs["settings"] = shown
     return table
-
-
-def _settings(table: pd.DataFrame) -> list[str]:
-    beside = {f"{name}_{what}" for name in MEASURES for what in BESIDE}
-    return [name for name in table if name not in (*WHO, "of", "norm", *MEASURES, *beside)]
 
 
 def where(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:

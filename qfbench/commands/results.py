@@ -15,7 +15,7 @@ from qfbench.analysis.drops import drops, power
 from qfbench.analysis.flips import differing, flips
 from qfbench.analysis.measures import together
 from qfbench.analysis.overview import narrowed, ordered, overview, where
-from qfbench.analysis.tables import HIDDEN, console, laid_out, show, written
+from qfbench.analysis.tables import HIDDEN, console, show, written
 from qfbench.commands import show_all
 from qfbench.commands.rescore import rescored
 from qfbench.errors import UserError
@@ -31,7 +31,7 @@ def summarize(args: argparse.Namespace, out: Console) -> None:
         rows, said = rescored(rows)
         out.print(said, markup=False, soft_wrap=True)
     table = pooled(rows)
-    table = overview(together(table, HIDDEN) if args.holm else table)
+    table = overview(together(table, HIDDEN) if args.holm else table, rows.attrs["settings"])
     conclude(table, f"{rows.run.nunique()} runs (± 95% over facts, orders and seeds)", HIDDEN, args, out)
     lost = pooled(rows, drops)
     if len(lost) and not (args.where or args.sort or args.columns):
@@ -40,39 +40,54 @@ def summarize(args: argparse.Namespace, out: Console) -> None:
 
 
 def differences(args: argparse.Namespace, out: Console) -> None:
-    parts, one = [], len(folders(*args.folders)) == 1
-    for folder in folders(*args.folders):
+    parts, found = [], folders(*args.folders)
+    for folder in found:
         try:
             parts.append(compare(folder, args.against, args.across).assign(run=str(folder)))
         except UserError as error:
-            if one:
+            if len(found) == 1:
                 raise
             out.print(f"left out: {error}", style="yellow", markup=False, soft_wrap=True)
     if not parts:
         raise UserError(f"no run in {', '.join(args.folders)} can be compared with {args.against}")
     frame = pd.concat(parts, ignore_index=True)
-    settings = told_apart(differing_settings(folders(*args.folders)))
+    settings = told_apart(differing_settings(found))
     for place, name in enumerate(settings):
         frame.insert(place, name, frame.run.map(settings[name]))
     if frame.editor_of.nunique() > 1:
         frame.insert(len(settings) + 3, "from", frame.editor_of)
     hidden = [*HIDDEN, "model_of", "editor_of", "regime_of", "run"]
     frame = together(frame, hidden) if args.holm else frame
-    conclude(overview(frame), f"Differences from {args.against} (± 95%, paired)", hidden, args, out)
+    conclude(overview(frame, list(settings)), f"Differences from {args.against} (± 95%, paired)", hidden, args, out)
 
 
 def print_flips(args: argparse.Namespace, out: Console) -> None:
-    if not args.against:
-        raise UserError("--flips: needs --against RUN")
     compare(args.folders[0], args.against, args.across)  # refuses what cannot be compared
     lines = differing(flips(retention(args.folders[0])), flips(retention(args.against)))
     shown = lines[["kind", "query", "expected", "before", "after", "other"]].rename(columns={"other": "against"})
-    out.print(
-        laid_out(
-            shown.fillna(""),
-            f"{len(lines)} questions that one passes and {args.against} does not, or the other way round",
-        )
-    )
+    title = f"{len(lines)} questions that one passes and {args.against} does not, or the other way round"
+    show(out, shown.fillna(""), title)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that would do nothing beside the others.
+
+    Raises:
+        UserError: naming them.
+    """
+    chosen = [name for name in ("where", "sort", "columns", *KINDS) if getattr(args, name)]
+    if args.flips and not args.against:
+        raise UserError("--flips: needs --against RUN")
+    if args.flips and len(args.folders) > 1:
+        raise UserError(f"--flips: compares two runs; {len(args.folders)} are given beside --against")
+    for option, others in {
+        "ship": ["against", "flips", "rescore", "holm", *chosen],
+        "flips": ["rescore", "holm", *chosen],
+        "against": ["rescore"],
+    }.items():
+        for other in others if getattr(args, option) else ():
+            if getattr(args, other):
+                raise UserError(f"--{option} and --{other} cannot be given together")
 
 
 def conclude(table: pd.DataFrame, title: str, hidden: Sequence[str], args: argparse.Namespace, out: Console) -> None:
@@ -118,6 +133,7 @@ def main() -> None:
     show_all()
     out = console()
     try:
+        check(args)
         if args.ship:
             size = sum(path.stat().st_size for run in ship(args.ship, *args.folders) for path in run.iterdir())
             out.print(f"wrote [bold]{escape(args.ship)}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)

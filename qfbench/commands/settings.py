@@ -181,7 +181,7 @@ def build(cfg: DictConfig, group: str) -> Any:
             raise error.__cause__ from None
         raise UserError(f"{group}: {error.__cause__ or error}") from error
     if group in LISTED:  # an experiment may have settings for what the command line leaves out
-        return {name: one for name, one in built.items() if "_target_" in cfg[group][name]}
+        return {name: one for name, one in built.items() if "_target_" in (cfg[group][name] or ())}
     return built
 
 

@@ -159,8 +159,10 @@ def planned(axes: Axes, common: Sequence[str], compose: Compose) -> Plan:
                 plan.left_out.setdefault(f"{model} has no layer {layer}", []).append(editor)
                 continue
             asked = [*common, f"model={model}", f"editor={editor}", f"editor.layer={layer}"]
-            fires = build(compose(asked), "editor").needs_firing
-            if fires and layer not in (getattr(config, "firing_layers", None) or ()):
+            own = compose(asked)
+            if axes.rates.get(editor) and "lr" not in own.editor:
+                raise UserError(f"study.rates.{editor}={axes.rates[editor]}: {editor} has no rate (lr); leave it out")
+            if build(own, "editor").needs_firing and layer not in (getattr(config, "firing_layers", None) or ()):
                 where = fired(plan, axes, common, compose, model, layer)
                 if not where:
                     why = f"{editor} needs layers that fire, and study.convert=false"
@@ -178,8 +180,6 @@ def add(plan: Plan, axes: Axes, compose: Compose, asked: list[str], model: str, 
     rates: Sequence[float | None] = axes.rates.get(editor) or [None]
     for lr, seed in product(rates, axes.seeds):
         overrides = (*asked, *checkpoints, f"seed={seed}", *([] if lr is None else [f"editor.lr={lr}"]))
-        if lr is not None and "lr" not in compose(asked).editor:
-            raise UserError(f"study.rates.{editor}={axes.rates[editor]}: {editor} has no rate (lr); leave it out")
         config = compose(overrides)
         check(config)
         plan.jobs.append(Job(overrides, config, model, editor, layer, lr, seed))
@@ -217,7 +217,7 @@ def show(plan: Plan, axes: Axes, out: Console) -> None:
         shown = grouped.agg(lambda own: ", ".join(f"{v:g}" for v in sorted(set(own.dropna())))).reset_index()
         shown["jobs"] = grouped.size().to_numpy()
         edits, seeds = (", ".join(map(str, values)) for values in (axes.edits, axes.seeds))
-        out.print(tables.laid_out(shown, f"{len(plan.jobs)} jobs, asked after {edits} edits; seeds {seeds}"))
+        tables.show(out, shown, f"{len(plan.jobs)} jobs, asked after {edits} edits; seeds {seeds}")
     for why, what in plan.left_out.items():
         out.print(f"left out: {', '.join(dict.fromkeys(what))}: {why}", markup=False, soft_wrap=True)
     there = sum(map(finished, plan.conversions))

@@ -90,9 +90,8 @@ def pooled(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame] =
     parts = []
     for settings, own in groups(rows):
         frame = measure(own)
-        frame = frame.rename(
-            columns={name: f"{name}_done" for name in settings if name in frame}
-        )  # `edits`: set, and done
+        done = {name: f"{name}_done" for name in settings if name in frame}  # `edits` are set, and done
+        frame = frame.rename(columns=done)
         for place, (name, value) in enumerate(settings.items()):
             frame.insert(place, name, value)
         parts.append(frame)

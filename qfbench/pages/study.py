@@ -14,7 +14,7 @@ from rich.markup import escape
 from qfbench.analysis import comparisons
 from qfbench.analysis.catalogue import drawn
 from qfbench.analysis.measures import at_steps, balance, balance_at_the_end, by_kind
-from qfbench.analysis.tables import HIDDEN, laid_out
+from qfbench.analysis.tables import HIDDEN, show
 from qfbench.pages import results
 
 
@@ -35,7 +35,7 @@ class Study:
             figure.savefig(folder / f"{name}.pdf")
         name, table = next(iter(self.tables.items()))
         constant = [c for c in ("model", "editor", "regime") if c in table and table[c].nunique() == 1]
-        console.print(laid_out(table, f"{name} (± 95%)", [*HIDDEN, *constant]))
+        show(console, table, f"{name} (± 95%)", [*HIDDEN, *constant])
         if self.verdict:
             console.print(self.verdict, markup=False, soft_wrap=True)
         console.print(f"study: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
@@ -114,7 +114,13 @@ def core(rows: pd.DataFrame, about: pd.DataFrame, edits: Sequence[int]) -> Study
     """Every model, editor, layer and rate after each of `edits`, and of each model and editor the best setting after the last.
 
     `about` says of each run its `model`, `editor`, `layer` and `lr`. The best setting has the highest `balance` of retention and prior.
+    Where a model did not understand all facts, the last of `edits` is after those that it did: `retention_n` says how many.
     """
+    told = rows[(rows.condition == "in_context") & (rows.kind == "edit") & rows.generated.eq(True)]
+    all_of_them = rows.run.map(told.groupby("run").fact_id.nunique())
+    end = rows.condition.isin(["edited", "placebo"]) & (rows.groupby("run").step.transform("max") == all_of_them)
+    end &= rows.step == all_of_them
+    rows = rows.assign(**{name: rows[name].mask(end, edits[-1]) for name in ("step", "taught")})
     rows = rows.assign(**{name: rows.run.map(about[name]) for name in about})
     rows.attrs["settings"] = ["layer", "lr"]
     table = results.pooled(rows, lambda own: at_steps(own, edits, fresh=True))
@@ -133,6 +139,6 @@ def core(rows: pd.DataFrame, about: pd.DataFrame, edits: Sequence[int]) -> Study
             parts = {f"lr, after {own.edits.max()} edits": ("lr", own[own.edits == own.edits.max()])} | parts
         figures[f"{editor}_{model}"] = comparisons.grids(parts, "layer", SHOWN)
     front = ["model", "editor", "layer", "lr", "edits", "balance"]
-    measures = [f"{name}{end}" for name in (*SHOWN, "leakage", "refused") for end in ("", "_low", "_high")]
+    measures = [f"{name}{end}" for name in (*SHOWN, "leakage", "refused") for end in ("", "_low", "_high", "_n")]
     tables = {"best": best[[name for name in (*front, *measures) if name in best]]}
     return Study(tables | {"study": table[[*front, *(name for name in table if name not in front)]]}, figures)

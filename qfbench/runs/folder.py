@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from qfbench.analysis.tables import HIDDEN, laid_out
+from qfbench.analysis import tables
 from qfbench.errors import UserError
 from qfbench.facts import Fact
 from qfbench.runs.identity import identity
@@ -117,7 +117,7 @@ def show(folder: Path, console: Console, brief: bool) -> None:
                 f"[yellow]{escape(path.name)} is not as the run wrote it; qfbench-results makes it of the rows[/yellow]"
             )
         else:
-            console.print(laid_out(pd.read_csv(path), path.stem, HIDDEN))
+            tables.show(console, pd.read_csv(path), path.stem, tables.HIDDEN)
     where = os.path.relpath(folder)
     console.print(f"measured already: [bold]{escape(where)}[/bold]; rerun=true measures it anew", soft_wrap=True)
 

@@ -129,11 +129,10 @@ def convert(
     model.to(stored)
     folder = run.folder / save
     if save == "difference":
-        local = (Path(base.name) / "config.json").exists() or Path(
-            base.name
-        ).is_file()  # elsewhere a relative path would mean another folder
+        path = Path(base.name)
+        local = (path / "config.json").exists() or path.is_file()  # elsewhere a relative path would mean another folder
         tensors = {name: model.get_parameter(name) for name in changed}
-        difference.save(model, str(Path(base.name).resolve()) if local else base.name, tensors, folder)
+        difference.save(model, str(path.resolve()) if local else base.name, tensors, folder)
     else:
         model.save_pretrained(folder)
         # As its files have it: that of `base` has one template alone, whose date may stand still.

@@ -79,8 +79,8 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
     same = [] if several > table.editor.nunique() else ["model"]
     same += ["editor"] if several == 1 else []
     over = "facts and orders" if rows.order.nunique() > 1 else "facts"
-    taught = rows[(rows.condition == "edited") & (rows.kind == "edit")]
-    n = sorted({own.fact_id.nunique() for _, own in taught.groupby(["model", "editor"])})
+    edits = rows[(rows.condition == "edited") & (rows.kind == "edit")]
+    n = sorted({own.fact_id.nunique() for _, own in edits.groupby(["model", "editor"])})
     about = f"{' and '.join(map(str, n))} of {len(run.facts)}" if n != [len(run.facts)] else f"{n[0]}"
     run.table(table, f"{about} facts, one after another: {title} (± 95% over {over})", hidden=[*same, *HIDDEN])
     if len(against):

@@ -186,7 +186,7 @@ class Run:
         self.keep(frame, name or self.task)
         if self.brief:
             return
-        self.console.print(tables.laid_out(frame if printed is None else printed, title, hidden))
+        tables.show(self.console, frame if printed is None else printed, title, hidden)
 
     def keep(self, frame: pd.DataFrame, name: str) -> None:
         """Keep a frame as CSV beside the rows."""
