@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -88,6 +88,15 @@ class QF2(Recorder):
         notes = {"tokens": float(len(s))}
         keys = [key.float() for key in inputs]
         return WeightDelta({site.weight_name(lm.model): hebbian(y, x, s, self.lr)}, notes, keys)
+
+    def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
+        """Facts are summed: each is added to the change of those before it."""
+        total, tokens = WeightDelta(), 0.0
+        for n, part in enumerate(self.recorded(lm, facts), start=1):
+            total = total + self.together(lm, [part])
+            tokens += total.notes["tokens"]
+            if n > done:
+                yield replace(total, notes={"tokens": tokens})
 
     def record(self, lm: LanguageModel, fact: Fact) -> Taught:
         return self.record_all(lm, [fact])[0]
