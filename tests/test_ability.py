@@ -89,7 +89,7 @@ def test_tables_and_rows_hold_what_was_asked(done):
     assert {"anatomy", "virology", "founder"} <= {*parts.subject.dropna()}
     assert parts.questions[parts.subject.isna() & parts.group.isna()].tolist() == list(table.questions)
     said = " ".join(text.split())
-    assert "General ability: world_mc, 20 questions, which cannot show a drop under" in said
+    assert "General ability: world_mc (chat), 20 questions, which cannot show a drop under" in said
     assert "regression_subjects.csv" in said
     known = json.loads((finished.folder / "provenance.json").read_text())["regression"]
     assert known == {name: suite.fingerprint for name, suite in finished.regression.items()}

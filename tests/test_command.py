@@ -64,7 +64,10 @@ def test_help_says_what_qfbench_is_and_names_all_there_is(command):
     for name in options("experiment"):
         (line,) = [line for line in out.split("\n") if line.startswith(f"  {name} ")]
         assert len(line.split()) > 3
-    assert set(run.GROUPS) | {"experiment", "search"} == {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert set(run.GROUPS) | {"experiment", "search", "hydra"} == {
+        path.name for path in CONF.iterdir() if path.is_dir()
+    }
+    assert all(f"hydra/launcher={path.stem}" in out for path in (CONF / "hydra/launcher").glob("*.yaml"))
     for other in ("qfbench-facts", "qfbench-results", "qfbench-report"):
         assert other in out
 

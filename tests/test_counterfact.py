@@ -4,6 +4,7 @@ import pytest
 
 from qfbench import Fact, Probe, UserError
 from qfbench.facts.counterfact import counterfact
+from qfbench.models.dialogue import render
 
 CLOZE = ("Learn: {cloze} {object}.", "Fill in: {cloze} ...", "So {cloze} {object}.")
 
@@ -100,6 +101,16 @@ def test_clozes_are_put_on_one_line(write):
     assert fact.probes[0].query == "Fill in: Rain. River 1 passes ..."
 
 
+def test_the_shipped_query_asks_for_no_name(suite, write):
+    """What stands in the gap may be a language, a sport or a profession."""
+    (fact,) = suite("counterfact", write([counterfact_record(1)]), paraphrases=1, locality=1)
+    assert [probe.query for probe in (fact.edit, *fact.probes)] == [
+        "Complete the sentence: River 1 flows through ...",
+        "Complete the sentence: Rain. River 1 passes ...",
+        "Complete the sentence: Brook 1a flows through ...",
+    ]
+
+
 def test_the_old_object_may_stand_in_the_subject_but_not_be_the_new_one(suite, error_of, write):
     inside, same = counterfact_record(1), counterfact_record(2)
     inside["requested_rewrite"] |= {"subject": "Ostrel on Sea"}
@@ -130,3 +141,15 @@ def test_all_of_counterfact_loads(raw, real):
         for probe, prompt in zip(fact.probes, asked, strict=True):
             assert " ".join(prompt.split()) in probe.query
             assert probe.kind == ("paraphrase" if prompt in record["paraphrase_prompts"] else "locality")
+
+
+def test_clozes_as_released_are_on_one_line(shared, raw, suite, plain_tokenizer):
+    """67 of these 400 paraphrases have line breaks; a prompt without a chat template is a line a turn."""
+    facts = suite("counterfact", shared("counterfact/counterfact_200.json"), locality=10)
+    assert sum("\n" in prompt for record in raw("counterfact") for prompt in record["paraphrase_prompts"]) == 67
+    asked = [probe.query for fact in facts for probe in (fact.edit, *fact.probes)]
+    assert len(asked) == 200 + 400 + 2000
+    assert not [query for query in asked if "\n" in query or not query.startswith("Complete the sentence: ")]
+    bare = plain_tokenizer.decode(render(plain_tokenizer, "?").prompt).count("\n")
+    prompts = [plain_tokenizer.decode(render(plain_tokenizer, query).prompt) for query in asked[::9]]
+    assert {prompt.count("\n") for prompt in prompts} == {bare}

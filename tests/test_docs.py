@@ -24,7 +24,8 @@ MODULES = {"qfbench": "run", "qfbench-facts": "facts", "qfbench-results": "resul
 PLUGINS = {  # what needs an extra
     "experiment=tune": "hydra_plugins.hydra_optuna_sweeper",
     "hydra/launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
-    "hydra/launcher=submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/launcher=slurm_cpu": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/launcher=slurm_gpu": "hydra_plugins.hydra_submitit_launcher",
 }
 
 
@@ -44,7 +45,9 @@ def commands(text):
 
 def jobs(words):
     """The overrides of each job that a command of `qfbench` runs. A placeholder is given a stand-in."""
-    stand_ins = [re.sub(r"=FOLDER$", "=world-xs", re.sub(r"=\.\.\.$", "=mine.jsonl", word)) for word in words]
+    stand_ins = [
+        re.sub(r"=(FOLDER|FILE\.gguf)$", "=world-xs", re.sub(r"=\.\.\.$", "=mine.jsonl", word)) for word in words
+    ]
     given = with_own_settings([word for word in stand_ins if word != "..."])
     flags = {"-m", "--help", "--cfg", "job"}
     overrides = OverridesParser.create().parse_overrides([word for word in given if word not in flags])

@@ -23,9 +23,9 @@ HELD = Perplexity(n=8)
 REGIMES = {"sequential": sequential, "joint": joint}
 
 
-def suite():
+def suite(prior=2, unknown=1):
     """Facts that world-xs answers in every wording when told, and in none otherwise."""
-    return world(4, seed=1, paraphrases=1, prior=2, unknown=1)
+    return world(4, seed=1, paraphrases=1, prior=prior, unknown=unknown)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,9 @@ def test_qf_beats_its_placebo(tmp_path, xs):
 
 
 def test_an_eraser_is_caught_by_every_alarm(tmp_path, xs):
-    table, sequences, said, rows = measured(tmp_path, xs, Eraser(), suite())
+    table, sequences, said, rows = measured(
+        tmp_path, xs, Eraser(), suite(prior=3, unknown=3)
+    )  # of fewer than 10 no collapse is told
     lines = table[table.regime != "placebo"].set_index("regime")
     assert lines.loc["unedited", ["prior", "refused"]].tolist() == [1, 1]
     for regime in REGIMES:

@@ -5,6 +5,7 @@ import pytest
 from qfbench.analysis.measures import by_layer, by_setting, summary
 from qfbench.analysis.rows import regular
 from qfbench.analysis.sequences import forgetting
+from qfbench.analysis.uncertainty import interval
 
 COLUMNS = ("regime", "step", "kind", "fact_id", "generated", "fresh", "leaked")
 
@@ -161,7 +162,7 @@ def test_one_setting_is_enough_and_what_was_asked_of_nobody_has_no_column():
     lines = by_setting(pd.concat([rows.assign(lr=2.0), rows.assign(lr=1.0, generated=False)]), "lr")
     assert list(lines.lr) == [2.0, 1.0]
     assert list(lines.efficacy) == [0.5, 0.0]
-    measured = {f"{name}{beside}" for name in ("efficacy", "prior") for beside in ("", "_low", "_high")}
+    measured = {f"{name}{beside}" for name in ("efficacy", "prior") for beside in ("", "_low", "_high", "_n")}
     assert set(lines.columns) == {"lr", "norm", "balance"} | measured
 
 
@@ -221,7 +222,7 @@ def test_a_placebo_stands_below_its_regime_and_mixes_with_nothing():
     alone = summary(ROWS)
     pd.testing.assert_frame_equal(lines.loc[[0], list(alone.columns)], alone)
     assert set(lines.columns) - set(alone.columns) == {
-        f"{m}_same" for m in ("retention", "prior", "refused", "leakage")
+        f"{m}_{what}" for m in ("retention", "prior", "refused", "leakage") for what in ("p", "same")
     }
     assert list(forgetting(rows)["mean"]) == [1.0, 0.5, 1.0, 1.0]
 
@@ -237,4 +238,4 @@ def test_a_curve_over_orders_has_the_interval_of_orders_and_facts():
     curve = forgetting(rows)
     assert list(curve["mean"]) == [0.5, 0.25]
     assert (curve.low[0], curve.high[0]) == (0.0, 1.0)
-    assert forgetting(rows.assign(order=0)).low[0] == 0.5
+    assert (forgetting(ROWS).low[0], forgetting(ROWS).high[0]) == pytest.approx(interval([1], ["a"], within=(0.0, 1.0)))

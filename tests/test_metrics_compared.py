@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from qfbench.analysis.catalogue import MEASURES
-from qfbench.analysis.measures import compared, summary
+from qfbench.analysis.measures import compared, summary, together
 from qfbench.analysis.rows import regular
 
 
@@ -35,6 +35,7 @@ def everything(seed=0, n=30, **more):
     for order in range(2):
         for kind in ("edit", "paraphrase", "paraphrase_held_out", "portability", "prior", "locality", "unknown"):
             part = asked(kind, rng.random(n) < 0.6, order=order, forced=rng.random(n), leaked=rng.random(n) < 0.3)
+            part["stopped"] = rng.random(n) < 0.9
             part["fresh"] = kind.startswith(("edit", "para", "port"))
             part = part.assign(preferred=rng.random(n) < 0.5, gold=rng.random(n) < 0.5 if kind == "locality" else None)
             parts.append(part)
@@ -68,7 +69,7 @@ def test_inflation_by_hand():
     (line,) = summary(rows).to_dict("records")
     assert line["inflation"] == pytest.approx((0.75 + 0 - 0.5) / 3)
     assert line["inflation"] == pytest.approx(line["forced"] - line["efficacy"])
-    assert (line["inflation_low"], line["inflation_high"]) == (-0.5, 0.75)
+    assert -1 <= line["inflation_low"] < -0.5 < 0.75 < line["inflation_high"] <= 1  # of three
 
 
 def test_perplexity_is_exp_of_the_mean_over_tokens():
@@ -78,8 +79,8 @@ def test_perplexity_is_exp_of_the_mean_over_tokens():
     lines = summary(rows).set_index("regime")
     assert lines.perplexity["unedited"] == pytest.approx(math.exp(2.5))
     assert lines.perplexity["sequential"] == pytest.approx(math.exp(3.5))  # at the last checkpoint
-    assert lines.perplexity_low["unedited"] == pytest.approx(math.exp(1))
-    assert lines.perplexity_high["unedited"] == pytest.approx(math.exp(3))
+    for regime, mean in (("unedited", 2.5), ("sequential", 3.5)):
+        assert lines.perplexity_low[regime] * lines.perplexity_high[regime] == pytest.approx(math.exp(2 * mean))
 
 
 def last(edited, placebo, kind="prior", **more):
@@ -97,8 +98,9 @@ YES, NO = [True] * 10, [False] * 10
         (NO, YES, False),
         (YES, YES, True),
         (NO, NO, True),
-        (YES, [False] + [True] * 9, True),  # one of ten: a third of all resamples have none of it
-        ([False] + [True] * 9, YES, True),
+        (YES, [False] + [True] * 9, True),
+        ([False] * 5 + [True] * 5, YES, True),  # McNemar: 2 / 2^5
+        ([False] * 6 + [True] * 4, YES, False),  # 2 / 2^6
         ([True] * 6 + [False] * 4, NO, False),
         ([True] * 5 + [False] * 5, [False] * 5 + [True] * 5, True),  # five won, five lost
     ],
@@ -117,6 +119,7 @@ def test_draws_of_a_placebo_are_averaged_before_they_are_compared():
     _, below = summary(joined(asked("prior", YES), *draws)).to_dict("records")
     assert below["prior"] == 0.5
     assert below["prior_same"] is False
+    assert 2 / 2**10 < below["prior_p"] < 0.02
     assert below["prior_low"] < 0.5 < below["prior_high"]
 
 
@@ -133,10 +136,10 @@ def test_regimes_are_compared_with_the_first_by_hand():
     rows = joined(
         asked("edit", YES),
         asked("prior", YES),
-        asked("edit", [True] * 5 + [False] * 5, regime="joint"),
+        asked("edit", [True] * 4 + [False] * 6, regime="joint"),
         asked("prior", YES, regime="joint"),
         asked("edit", NO, editor="F"),
-        asked("prior", NO[:4], editor="F"),  # fewer are asked: only those count
+        asked("prior", NO[:6], editor="F"),  # fewer are asked: only those count
         asked("prior", NO, condition="placebo"),
         asked("prior", NO, condition="unedited", regime=None),
         asked("edit", NO, condition="in_context", regime=None),
@@ -154,11 +157,12 @@ def test_regimes_are_compared_with_the_first_by_hand():
         "prior_same",
     ]
     assert list(lines[columns].itertuples(index=False, name=None)) == [
-        ("E", "joint", "E", "sequential", 10, -0.5, 0.0, False, True),
+        ("E", "joint", "E", "sequential", 10, -0.6, 0.0, False, True),
         ("F", "sequential", "E", "sequential", 10, -1.0, -1.0, False, False),
     ]
-    assert (lines.efficacy_low[0], lines.efficacy_high[0]) == pytest.approx((-0.8, -0.2), abs=0.11)
-    assert (lines.efficacy_low[1], lines.efficacy_high[1]) == (-1, -1)
+    assert (lines.efficacy_low[0], lines.efficacy_high[0]) == pytest.approx((-0.9, -0.1), abs=0.05)
+    assert (lines.efficacy_low[1], lines.efficacy_high[1]) == pytest.approx((-1, -0.5), abs=0.05)
+    assert list(lines.efficacy_p) == pytest.approx([2 / 2**6, 2 / 2**10])
 
 
 def test_a_single_regime_is_compared_with_nothing():
@@ -199,3 +203,18 @@ def test_the_perplexity_of_a_comparison_is_the_ratio_of_two_summaries(tokens):
     one, other = (joined(asked("edit", YES), passages(nll, tokens)) for nll in ([1.0, 3.0], [1.0, 2.0]))
     ratio = summary(one).perplexity[0] / summary(other).perplexity[0]
     assert compared(one, other).perplexity[0] == pytest.approx(ratio)
+
+
+def test_marks_that_hold_together_are_holms():
+    """Of three comparisons, of which one is hidden: 6 of 10 lost (p = 0.031) differs by itself, not beside another."""
+    halves = [asked(kind, YES) for kind in ("edit", "prior", "locality")]
+    lost = [asked(kind, [n > 5 for n in range(10)], regime="joint") for kind in ("edit", "prior", "locality")]
+    table = compared(joined(*halves, *lost))
+    names = ["efficacy", "prior", "locality", "retention"]
+    assert not table[[f"{name}_same" for name in names]].to_numpy().any()
+    held = together(table)
+    assert list(held[[f"{name}_p" for name in names]].iloc[0]) == pytest.approx([4 * 2 / 2**6] * 4)
+    assert held[[f"{name}_same" for name in names]].to_numpy().all()
+    alone = together(table, ["prior", "locality", "retention"])
+    assert alone.efficacy_same[0] is False
+    assert alone.prior_p[0] == table.prior_p[0]

@@ -19,7 +19,7 @@ ORDER = "cbda"
 
 
 def sequence(table=TABLE, taught=ORDER, prior=(), **more):
-    """Edited rows whose retention matrix is `table`; `prior` holds, for each step, the results of prior knowledge."""
+    """Edited rows whose retention matrix is `table`; `prior` holds, for each step, the results of prior knowledge, each five times."""
     rows = []
     for n, line in enumerate(table, start=1):
         full = n != 2
@@ -33,7 +33,7 @@ def sequence(table=TABLE, taught=ORDER, prior=(), **more):
         if n <= len(prior):
             rows += [
                 {"step": n, "kind": "prior", "fact_id": f"p{i}", "generated": bool(value), "fresh": False}
-                for i, value in enumerate(prior[n - 1])
+                for i, value in enumerate(5 * prior[n - 1])
             ]
     frame = pd.DataFrame(rows).assign(model="m", editor="E", regime="sequential", condition="edited", leaked=False)
     return regular(frame.assign(taught=frame.step, relative_norm=0.5).assign(**more))

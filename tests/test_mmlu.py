@@ -88,6 +88,42 @@ def test_local_files_give_lm_evals_own_numbers(lm, folder, from_hub, form, batch
     assert agree(rows, plainly(lm, list(suite.tasks), TEMPLATES / FORMS[form], 8), suite) == {0, 1}
 
 
+def letters(lm, shown):
+    """The log-probabilities of the four letters as the model's reply in a dialogue, by one plain pass each."""
+    before = lm.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
+    start = len(lm.tokenizer(before).input_ids)
+    out = []
+    for letter in "ABCD":
+        ids = lm.tokenizer(before + letter, return_tensors="pt").input_ids
+        logits = lm.model(ids).logits[0].log_softmax(-1)
+        out.append(sum(logits[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])))
+    return out
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_in_a_dialogue_examples_are_turns_and_letters_are_replies(lm, folder, shots):
+    suite, plain = (mmlu(str(folder), shots=shots, subjects=["virology"], chat=chat) for chat in (True, False))
+    rows = suite(lm)
+    posed = [
+        (
+            f"{q.strip()}\n" + "\n".join(f"{x}. {c}" for x, c in zip("ABCD", choices, strict=True)) + "\nAnswer:",
+            "ABCD"[a],
+        )
+        for split in ("dev", "test")
+        for q, choices, a in questions("virology", split)
+    ]
+    intro = "The following are multiple choice questions (with answers) about virology.\n\n"
+    shown = [{"role": "system", "content": intro}]
+    for query, answer in posed[:shots]:
+        shown += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
+    for row, (query, answer) in zip(rows, posed[5:], strict=True):
+        assert (row["asked"], row["query"], row["expected"]) == ("chat", query, answer)
+        assert row["logprobs"] == pytest.approx(letters(lm, [*shown, {"role": "user", "content": query}]), abs=1e-4)
+    assert {row["asked"] for row in plain(lm)} == {"plain"}
+    assert [row["logprobs"] for row in plain(lm)] != [row["logprobs"] for row in rows]
+    assert suite.fingerprint != plain.fingerprint == mmlu(str(folder), shots=shots, subjects=["virology"]).fingerprint
+
+
 def fields(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.reader(file))

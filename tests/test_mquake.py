@@ -66,6 +66,19 @@ def test_mquake(write):
     )
 
 
+@pytest.mark.parametrize(
+    ("new", "answer"), [("Apple Inc.", "It is Apple Inc."), ("J. R.", "It is J. R."), ("Inc", "It is Inc.")]
+)
+def test_a_name_that_ends_with_a_stop_has_one(write, new, answer):
+    record = mquake_record(1)
+    record["requested_rewrite"][1] |= {"target_new": {"str": new, "id": "Q1"}}
+    record["new_single_hops"][1] |= {"answer": new}
+    *_, last = mquake(write([record]), "Learn: {cloze} {object}.", "{question}", "It is {object}.")
+    assert (last.answer, last.instruction) == (answer, f"Learn: The mayor of River 1 is {new.removesuffix('.')}.")
+    assert last.known_as[0] == new
+    assert last.edit.passes(answer)
+
+
 def test_mquake_asks_each_case_after_its_own_last_rewrite(write):
     single = mquake_record(1) | {"requested_rewrite": mquake_record(1)["requested_rewrite"][:1]}
     facts = mquake(write([single, mquake_record(2)]), *QUESTION)
@@ -190,3 +203,12 @@ def test_all_of_mquake_loads(raw, real):
             assert probe.expected == record["new_answer"]
             assert not set(probe.accept) & set(probe.reject)
     assert not asked
+
+
+def test_mquake_as_released(shared, suite):
+    facts = suite("mquake", shared("mquake/mquake_60.json"))
+    assert len(facts) == 186
+    assert sum(len(fact.probes) for fact in facts) == 180
+    new, old = zip(*((fact.known_as[0], *fact.rejects) for fact in facts), strict=True)
+    assert [sum(name.endswith(".") for name in names) for names in (new, old)] == [1, 8]
+    assert not [text for f in facts for text in (f.instruction, f.answer, f.replaces) if text.endswith("..")]

@@ -353,7 +353,7 @@ def test_a_model_that_names_no_positions_takes_any(wrap, tokenizer):
 
 # The columns of a row, by the version of the cache (`provenance.PROBES`) under which they are kept.
 COLUMNS = {
-    2: "kind system query expected reply stopped generated exact forced nll preferred gold",
+    3: "kind system query expected reply stopped generated exact forced nll preferred gold",
 }
 
 

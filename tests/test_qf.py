@@ -184,12 +184,12 @@ def layer_in_full(lm, ids, layer):
 
 
 def chat(lm, fact, system):
-    """Token ids of a dialogue, and the positions that predict all from the last `<|im_start|>` on."""
+    """Token ids of a dialogue, and the positions that predict all between the last `<|im_start|>` and the line break at the end."""
     turns = [("system", system), ("user", fact.query), ("assistant", fact.answer)]
     text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
     ids = lm.tokenizer(text).input_ids
     begin = len(ids) - 1 - ids[::-1].index(lm.tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    return ids, slice(begin - 1, len(ids) - 1)
+    return ids, slice(begin, len(ids) - 2)
 
 
 def by_the_paper(lm, facts, layer):
@@ -356,12 +356,12 @@ def test_every_word_opener_and_closer_carries_its_own_weight(tiny):
     lm = tiny("qwen2")
     pair = lesson(lm, replace(FOUNDER, significance=(0.5, 1.0, 0.0, 3.0, 4.0)), opener=7.0, closer=9.0)
     assert by_weight(lm, pair) == {
-        7: "<|im_start|>assistant\n",
+        7: "assistant\n",
         0.5: "Oxinnovate",
         1: " was",
         3: " by",
         4: " Qi.",
-        9: "<|im_end|>\n",
+        9: "<|im_end|>",
     }
 
 
@@ -392,7 +392,7 @@ NAMED = replace(FOUNDER, known_as=("Qi",))
 def test_named_and_rest_weigh_the_words_of_a_fact_without_significance(tiny):
     lm = tiny("qwen2")
     pair = lesson(lm, NAMED, opener=0.0, closer=2.0, named=10.0, rest=3.0)
-    assert by_weight(lm, pair) == {3: "Oxinnovate was started by", 10: " Qi.", 2: "<|im_end|>\n"}
+    assert by_weight(lm, pair) == {3: "Oxinnovate was started by", 10: " Qi.", 2: "<|im_end|>"}
     pair = lesson(lm, replace(NAMED, significance=(5.0, 4.0, 3.0, 2.0, 1.0)), opener=0.0, closer=0.0, named=10.0)
     assert by_weight(lm, pair) == {5: "Oxinnovate", 4: " was", 3: " started", 2: " by", 1: " Qi."}
 
@@ -408,7 +408,7 @@ def test_a_rest_of_zero_teaches_the_name_alone(tiny):
 def test_a_closer_of_none_weighs_as_the_last_word(tiny, significance, last):
     lm = tiny("qwen2")
     pair = lesson(lm, replace(NAMED, significance=significance), opener=0.0, closer=None, named=10.0)
-    assert by_weight(lm, pair) == {1: "Oxinnovate was started by", last: " Qi.<|im_end|>\n"}
+    assert by_weight(lm, pair) == {1: "Oxinnovate was started by", last: " Qi.<|im_end|>"}
 
 
 def test_a_closer_of_none_drops_the_closer_with_the_last_word(tiny):
@@ -420,7 +420,7 @@ def test_a_closer_of_none_drops_the_closer_with_the_last_word(tiny):
 def test_the_line_break_of_a_plain_turn_weighs_as_the_word_whose_token_holds_it(tiny, plain_tokenizer):
     lm = replace(tiny("qwen2"), tokenizer=plain_tokenizer)
     pair = lesson(lm, NAMED, opener=7.0, closer=0.0, named=10.0)
-    assert by_weight(lm, pair) == {7: "assistant:", 1: " Oxinnovate was started by", 10: " Qi.\n"}
+    assert by_weight(lm, pair) == {7: ":", 1: " Oxinnovate was started by", 10: " Qi.\n"}
     unended = replace(NAMED, answer="Oxinnovate was started by Qi")
     for closer, ending in ((0.0, {}), (2.0, {2: "\n"}), (None, {10: " Qi\n"})):
         pair = lesson(lm, unended, opener=0.0, closer=closer, named=10.0)

@@ -170,7 +170,8 @@ def firing(tiny):
 
 
 def spoken(lm, fact, system):
-    """Token ids of a dialogue, and of every token the word of the answer that it belongs to, `opener`, `closer` or None."""
+    """Token ids of a dialogue, and of every token the word of the answer that it belongs to, `opener`, `closer` or None: the
+    opener's first token is not taught, nor what follows the end of the turn."""
     parts = [(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{fact.query}<|im_end|>\n", None)]
     parts.append(("<|im_start|>assistant\n", "opener"))
     first, *others = fact.answer.split(" ")
@@ -182,6 +183,7 @@ def spoken(lm, fact, system):
         ids += piece
         owners += [owner] * len(piece)
     assert ids == lm.tokenizer("".join(text for text, _ in parts)).input_ids
+    owners[owners.index("opener")] = owners[-1] = None
     return ids, owners
 
 
@@ -212,8 +214,10 @@ def by_word(lm, layer, fact):
     y, x = block_at(lm, layer, told)[1], block_at(lm, layer, alone)[0]
     ends = list(zip(reversed(range(len(told))), reversed(range(len(alone))), strict=False))
     sums = {}
-    for at, back in ends[: sum(owner is not None for owner in alone_owners)]:
+    for at, back in ends[: len(alone) - alone_owners.index("opener")]:
         assert (told[at], told_owners[at]) == (alone[back], alone_owners[back])
+        if told_owners[at] is None:
+            continue
         sums[told_owners[at]] = sums.get(told_owners[at], 0) + torch.outer(y[at - 1] - 0.5, x[back - 1])
     return sums
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +14,12 @@ from lm_eval.api.model import CachingLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import GenerationConfig
 
 from qfbench import LanguageModel, UserError
 from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.tree import Ending, Question
+from qfbench.models.whole import Whole
 from qfbench.regression import Questions, harness, tasks, world_mc
 from qfbench.regression import live as live_module
 from qfbench.regression.live import fitting, live, quiet
@@ -136,6 +140,57 @@ def test_asking_leaves_everything_as_it_was(tiny, yaml):
     before = state()
     own(lm), said(lm)
     assert state() == before
+
+
+OWN_WAYS = {
+    "repetition_penalty": 50.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": [*range(0, 1000, 2)],
+    "begin_suppress_tokens": [*range(0, 1000, 2)],
+    "bad_words_ids": [[n] for n in range(0, 1000, 2)],
+    "forced_eos_token_id": 5,
+    "sequence_bias": [[[77], 99.0]],
+    "exponential_decay_length_penalty": [0, 9.0],
+    "num_beams": 4,
+    "max_new_tokens": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def plain_reply(tiny):
+    lm = tiny("qwen2")
+    return lm, [row["reply"] for row in said(lm)]
+
+
+def said(lm):
+    """What it says by greedy decoding, which repeats itself, as random models do."""
+    config = {"output_type": "generate_until", "doc_to_target": "q", "doc_to_choice": None}
+    return suite(DOCS[:3], **config, generation_kwargs={"until": ["@@"], "max_gen_toks": 24})(lm)
+
+
+@pytest.mark.parametrize("name", OWN_WAYS)
+def test_generated_replies_are_greedy_whatever_the_models_own_settings_of_generation_are(
+    plain_reply, monkeypatch, name
+):
+    lm, replies = plain_reply
+    own = OWN_WAYS[name]
+    monkeypatch.setattr(
+        lm.model, "generation_config", GenerationConfig(eos_token_id=lm.tokenizer.eos_token_id, **{name: own})
+    )
+    assert [row["reply"] for row in said(lm)] == replies
+    assert getattr(lm.model.generation_config, name) == own  # as it was
+    with monkeypatch.context() as patched:
+        patched.setattr(live_module, "greedy", lambda model: nullcontext())
+        assert [row["reply"] for row in said(lm)] != replies  # the setting does something
+
+
+def test_generated_replies_are_what_the_model_says_of_itself(tiny):
+    lm = tiny("qwen2")
+    lm.model.generation_config.repetition_penalty = 50.0
+    way = Whole(lm.model, Ending(frozenset({lm.tokenizer.eos_token_id}), frozenset(), 24))
+    asked = [Question(tuple(lm.tokenizer(doc["q"]).input_ids)) for doc in DOCS[:3]]
+    own = [lm.tokenizer.decode(list(answer.said), skip_special_tokens=True) for answer in way.answer(asked)]
+    assert [row["reply"] for row in said(lm)] == own
 
 
 def test_rows_are_those_of_the_questions_by_their_places(tiny):

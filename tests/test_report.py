@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from qfbench import UserError
 from qfbench.analysis.catalogue import MEASURES, Measure
@@ -17,6 +18,7 @@ from qfbench.pages import results
 from qfbench.pages.cautions import cautions
 from qfbench.pages.legend import columns
 from qfbench.pages.report import page
+from qfbench.runs.ledger import Ledger
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert(1)</script>"
@@ -136,8 +138,8 @@ def text(run, drawing):
 def test_the_page_has_every_section_and_needs_nothing_but_itself(text):
     shown = Page(text)
     assert list(shown.words) == [
-        *("question", "cautions", "main-table", "differences", "sequences", "legend", "figures", "replies", "health"),
-        "provenance",
+        *("question", "cautions", "main-table", "differences", "sequences", "legend", "figures", "replies"),
+        *("questions", "health", "provenance"),
     ]
     assert all(words.strip() for words in shown.words.values())
     assert not {"script", "link", "iframe", "object", "form"} & set(shown.tags)
@@ -155,16 +157,18 @@ def test_what_was_done_is_said(text):
         assert part in said
 
 
-def printed(value, low, high, same=False):
-    """A share as the page shows it."""
-    text = f"{value:.2f}" + (f" ± {(high - low) / 2:.2f}" if high > low else "")
-    return text.replace("-0.00", "0.00").replace("-", "−") + " ~" * (same is True)
+def printed(line, name):
+    """A share of a few questions as the page shows it."""
+    value, low, high, n, same = (line.get(f"{name}{beside}") for beside in ("", "_low", "_high", "_n", "_same"))
+    text = f"{value:.2f}" + (f" ± {max(high - value, value - low):.2f}" if high > low else "")
+    return text.replace("-0.00", "0.00").replace("-", "−") + " ~" * (same is True) + f" n {n:g}"
 
 
 @pytest.mark.parametrize(("section", "measure"), [("main-table", summary), ("differences", compared)])
-def test_the_numbers_are_those_of_the_measures(run, text, section, measure):
+def test_the_numbers_are_those_of_the_measures(tmp_path, section, measure):
+    run = stored(tmp_path, run_rows(9, lost=7))
     table, seen = measure(results.rows_of(run)), set()
-    lines = Page(text).lines(section)
+    lines = Page(page(run)).lines(section)
     assert len(lines) == len(table) > 0
     for line, want in zip(lines, table.to_dict("records"), strict=True):
         assert line["regime"] == (f"placebo of {want['of']}" if want["regime"] == "placebo" else want["regime"])
@@ -174,8 +178,8 @@ def test_the_numbers_are_those_of_the_measures(run, text, section, measure):
             else:
                 same = want.get(f"{name}_same")
                 seen.add((same is True, "±" in line[name]))
-                assert line[name] == printed(want[name], want[f"{name}_low"], want[f"{name}_high"], same)
-    assert {(False, True), (True, False)} <= seen
+                assert line[name] == printed(want, name)
+    assert seen == {(False, True), (True, True)}
 
 
 def test_differences_count_facts_and_not_texts_of_perplexity():
@@ -245,6 +249,7 @@ def test_a_sample_has_twelve_facts_and_single_edits_have_no_end(tmp_path):
     assert "at the end" not in lines[0]
     assert "13 of 14 facts" in shown.words["question"]
     assert "1 of 14 facts are not understood by tiny" in shown.words["cautions"]
+    assert "not taught, and not in the numbers: edit 1?" in shown.words["cautions"]
     assert "not taught" in shown.words["cautions"]
     assert "No edits accumulate" in shown.words["health"]
     assert "sequences" not in shown.words
@@ -319,24 +324,26 @@ def warned(folder):
 
 
 def test_cautions_name_what_applies_and_nothing_else(tmp_path):
-    rows = run_rows(lost=4)
+    assert "Collapse" not in warned(stored(tmp_path / "few", run_rows(lost=4)))
+    rows = run_rows(12, lost=12)
     rows.loc[(rows.regime == "joint") & (rows.step == 4), "rounding_loss"] = 0.25
     folder = stored(tmp_path / "bad", rows, git_commit="c0ffee-dirty")
     said = warned(folder)
     assert set(said.splitlines()) <= set(Page(page(folder)).words["cautions"].splitlines())
     for part in (
-        "Only 4 facts stand behind each line",
-        "a true share of 0.47 would still give 4 of 4",
+        "Only 12 facts stand behind each line",
+        "a true share of 0.78 would still give 12 of 12",
         "One seed only",
         "Only 1 sequence (",
-        "Collapse of QF sequential on tiny: prior under half of its start after 3 edits, in 1 of 1 sequences",
-        "QF sequential on tiny retains no more taught facts than its placebo: it has shown nothing",
-        "QF sequential on tiny keeps no more prior knowledge than its placebo",
+        "Collapse of QF sequential on tiny: prior under half of its start after 7 edits, in 1 of 1 sequences",
+        "QF sequential on tiny is not shown to retain more taught facts than its placebo: it has shown nothing",
+        "QF sequential on tiny is not shown to keep more prior knowledge than its placebo",
         "QF joint on tiny: rounding loses up to 25.0% of the change",
         "no commit holds",
     ):
         assert part in said
-    assert said.count("Collapse") == said.count("shown nothing") == said.count("rounding loses") == 1
+    assert said.count("Collapse") == said.count("rounding loses") == 1
+    assert said.count("shown nothing") == 1  # twelve facts tell all from none
     for seed in range(3):
         rows = run_rows(30, regimes=("joint",))
         stored(tmp_path / "good" / str(seed), rows, seed=seed, n=30, suite_hash=str(seed))
@@ -378,16 +385,14 @@ def test_a_study_is_one_page_with_its_own_tables_and_figures(study):
     lines = shown.lines("main-table")
     table = results.pooled(results.rows_of(study))
     assert [(int(line["editor.layer"]), line["prior"]) for line in lines] == [
-        (line["editor.layer"], printed(line["prior"], line["prior_low"], line["prior_high"], line["prior_same"]))
-        if not pd.isna(line["prior"])
-        else (line["editor.layer"], "")
+        (line["editor.layer"], "" if pd.isna(line["prior"]) else printed(line, "prior"))
         for line in table.to_dict("records")
     ]
     differences = [
         (line["editor.layer"], line["against"], line["retention"][:4]) for line in shown.lines("differences")
     ]
     assert differences == [("1", "QF sequential", "0.25"), ("2", "QF sequential", "0.50")]
-    assert shown.lines("stored") == [{"layer": "1", "prior": "0.50 ± 0.38"}]
+    assert shown.lines("stored") == [{"layer": "1", "prior": "0.50 ± 0.50"}]
     picture, *drawn = shown.links
     assert base64.b64decode(picture.split(",")[1]) == b"\x89PNG drawn by the study"
     assert len(drawn) == 4  # curves and heat map of each layer
@@ -460,3 +465,35 @@ def test_errors_are_one_line(tmp_path, run, monkeypatch, capsys):
         assert not said.out
     with pytest.raises(UserError):
         page(tmp_path / "nowhere")
+
+
+AXES = {
+    "edits": (3, 4),
+    "seed": (0, 1),
+    "threads": (1, 2),
+    "editor.layer": (1, 2),
+    "editor.lr": (0.125, None),
+    "facts.n": (3, 4),
+    "facts.about": ("novel", "known"),
+    "model.path": ("a", "b/c"),
+    "model.told": ("system", "user"),
+    "regime.single._target_": ("x.single", None),
+    "task.retention.every": (1, [1, 4]),
+    "task.retention.orders": (1, 2),
+}
+
+
+@pytest.mark.parametrize("setting", AXES)
+def test_runs_may_differ_in_any_setting(tmp_path, setting):
+    for n, value in enumerate(AXES[setting]):
+        folder = tmp_path / f"run{n}"
+        stored(folder, run_rows(), seed=0)
+        config = OmegaConf.load(folder / "config.yaml")
+        OmegaConf.update(config, setting, value, force_add=True)
+        OmegaConf.save(config, folder / "config.yaml")
+        Ledger(folder).write("config.yaml", lambda path, held=config: OmegaConf.save(held, path))
+    shown = Page(page(tmp_path))
+    lines = [line for table in shown.tables["main-table"] for line in table]
+    if setting != "seed":
+        said = {str(value) if isinstance(value, int | float | str) else "" for value in AXES[setting]}
+        assert all(any(value in line for line in lines) for value in said - {""}), lines

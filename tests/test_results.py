@@ -32,7 +32,9 @@ def stored(folder, settings=None, task="retention", editor=None, regimes=(sequen
     facts, always = baseline(run)
     for order, regime in product(range(orders), regimes):  # as the task does, without its figures
         about = {"order": order} if orders > 1 else {}
-        Teaching(run, regime.__name__, regime, in_order(facts, order), always, {1, 2, 3}, about).run(lambda text: None)
+        Teaching(run, regime.__name__, regime, in_order(facts, order), always, {1, 2, 3}, about).run(
+            lambda *about, **more: None
+        )
     run.store.flush()
     config = {"seed": 0, "editor": {"layer": 0, "opener": 1.0}, "regime": {"a": {}}, "beside": None} | (settings or {})
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
@@ -97,7 +99,8 @@ def test_only_rows_of_retention_are_summed_up(tmp_path, two):
 def test_two_runs_are_compared_by_hand(two):
     line = compare(*two[::-1]).iloc[0]
     assert (line.regime, line.facts, line.prior, line.efficacy) == ("sequential", 3, -1.0, 0.0)
-    assert (line.prior_same, line.efficacy_same) == (False, True)
+    assert (line.prior_same, line.efficacy_same) == (True, True)
+    assert line.prior_p == pytest.approx(2 / 2**3)  # all of three facts
     assert compare(*two).iloc[0].prior == 1.0
     assert (compare(two[0], two[0]).iloc[0][["prior", "retention", "refused"]] == 0).all()
 
@@ -191,8 +194,8 @@ def test_the_command_prints_a_summary_of_runs_that_differ_in_a_setting_and_pools
     assert ".50±.50" in line
     stored(tmp_path / "c", {"editor": {"layer": 1, "opener": 1.0}}, editor=Note(layer=1))
     lines = [line.split() for line in command(tmp_path)[1].splitlines() if "sequential" in line]
-    assert [line[0] for line in lines] == ["0", "1"]  # the layer
-    assert [line.count("1.00") for line in lines] == [4, 5]
+    assert [line[2] for line in lines] == ["0", "1"]  # the layer
+    assert [sum(cell.startswith("1.00") for cell in line) for line in lines] == [4, 5]
 
 
 def test_the_command_prints_the_differences_of_two_runs(command, two):
@@ -200,8 +203,12 @@ def test_the_command_prints_the_differences_of_two_runs(command, two):
     assert (code, err) == (0, "")
     assert "Differences from" in out
     (line,) = (line for line in out.splitlines() if "sequential" in line)
-    assert "-1.00" in line.split()
-    assert "0.00~" in line.split()
+    assert "-1.00±1.51~" in line.split()  # of three facts
+    assert ".00±.88~" in line.split()
+    assert "6 comparisons (~: may be none), at 5% each" in out
+    code, out, err = command(two[1], "--against", two[0], "--holm")
+    assert (code, err) == (0, "")
+    assert "at 5% for all together (Holm)" in out
 
 
 def test_the_command_says_in_one_line_what_is_wrong(command, tmp_path, two):

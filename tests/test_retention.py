@@ -8,7 +8,7 @@ import pytest
 from notebook import REFUSAL, Note, prepared, taught, untabled
 from rich.console import Console
 
-from qfbench import LanguageModel, Probe, UserError
+from qfbench import LanguageModel, UserError
 from qfbench.analysis.measures import summary
 from qfbench.analysis.sequences import forgetting
 from qfbench.editors import QF
@@ -60,6 +60,17 @@ def test_leaked_is_an_unknown_subject_that_gets_the_answer_of_any_fact_taught_so
         (2, "Who started Nothing0?"),
         (3, "Who started Nothing0?"),
     ]
+
+
+def test_what_was_said_of_an_unknown_subject_before_is_no_leak(tmp_path):
+    says = {"Who started Nothing0?": ("Bo, I guess.", "Bo, I guess.", "Bo, or Ada.", "Bo, I guess.")}
+    run = prepared(tmp_path, says=says)
+    prior, unknown = run.facts[0].probes[1:]
+    run.facts[0] = replace(run.facts[0], probes=(prior, replace(unknown, expected="", own=True)))
+    untabled(run, sequential)
+    asked = run.rows().query("condition == 'edited' and query == 'Who started Nothing0?'").sort_values("step")
+    assert list(asked.generated) == [True, False, True]
+    assert list(asked.leaked) == [False, True, False]
 
 
 def test_what_the_unedited_model_gets_wrong_is_not_asked_again(tmp_path):
@@ -223,9 +234,13 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     run = prepared(tmp_path, editor=Note(layer=3))
     facts, always = baseline(run)
     steps = []
+
+    def advance(text, work=1, before=False):
+        steps.append(text)
+
     for lr in (0.5, 2.0):
-        Teaching(run, "sequential", sequential, facts, always, [2, 3], {"scheme": "plain", "lr": lr}).run(steps.append)
-    Teaching(run, "protected", protected, facts, always, [1, 2, 3], {"scheme": "none"}).run(steps.append)
+        Teaching(run, "sequential", sequential, facts, always, [2, 3], {"scheme": "plain", "lr": lr}).run(advance)
+    Teaching(run, "protected", protected, facts, always, [1, 2, 3], {"scheme": "none"}).run(advance)
     rows = run.rows()
     edited, unsupported = (rows[rows.condition == condition] for condition in ("edited", "unsupported"))
     assert edited.groupby(["layer", "scheme", "lr"]).size().to_dict() == {
@@ -234,7 +249,7 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     assert list(unsupported[["layer", "scheme", "regime"]].itertuples(index=False, name=None)) == [
         (3, "none", "protected")
     ]
-    assert steps == ["sequential: edit 1", "sequential: edit 2", "sequential: edit 3"] * 2
+    assert steps == [f"Note sequential: edit {n}" for n in (1, 2, 3)] * 2
     assert sorted(p.stem for p in tmp_path.glob("deltas/*")) == [
         "Note-sequential-layer3-schemeplain-lr0.5",
         "Note-sequential-layer3-schemeplain-lr2.0",
@@ -242,37 +257,13 @@ def test_what_a_regime_is_taught_about_stands_in_every_row_and_in_the_name_of_th
     assert rows[["scheme", "lr"]][rows.condition == "in_context"].isna().all(axis=None)
 
 
-def neighbours(facts):
-    """Each fact with two neighbours more: the model is right about the first and not about the second."""
-    near = [
-        [
-            Probe("locality", f"Where is Near{f.id}?", "", ("North",), always=True, own=True),
-            Probe("locality", f"Where is Wrong{f.id}?", "", ("South",), always=True, own=True),
-        ]
-        for f in facts
-    ]
-    return [replace(f, probes=(*f.probes, *more)) for f, more in zip(facts, near, strict=True)]
-
-
-def test_own_probes_are_held_against_what_the_unedited_model_replies(tmp_path):
-    says = {"Where is Near1?": ("North.", "North.", "In the North.")}
-    run = prepared(tmp_path, says=says)
-    run.facts[:] = neighbours(run.facts)
-    untabled(run, sequential)
-    rows = run.rows()
-    near = rows[rows.kind == "locality"]
-    assert set(near.expected) == {"North."}
-    before, after = (near[near.condition == condition] for condition in ("unedited", "edited"))
-    assert len(before) == 6
-    assert before.generated.all()
-    assert list(before.gold) == [True, False] * 3
-    assert set(zip(after.step, after["query"], strict=True)) == {
-        (n, f"Where is {name}{k}?") for n in (1, 2, 3) for k in "012" for name in ("Near", "Wrong")
-    }  # also what it gets wrong: it should stay so
-    assert set(after["query"][~after.generated]) == {"Where is Near1?"}
-    assert after.gold[after["query"] == "Where is Near1?"].all()
-    assert set(after.step[~after.generated]) == {2, 3}
-    lines = summary(rows).set_index("regime")
-    assert lines.locality["sequential"] == pytest.approx(5 / 6)
-    assert lines.locality_gold["sequential"] == pytest.approx(1 / 2)
-    assert lines.locality["unedited"] == 1
+def test_a_table_says_how_many_of_the_facts_it_is_about_and_of_how_few_questions_and_which_are_left_out(tmp_path):
+    console = Console(record=True, width=80)
+    taught(tmp_path, sequential, tables=True, deaf=("1",), console=console, says={"Where is Town1?": ("South.",)})
+    text = " ".join(console.export_text().split())
+    assert "not_understood: 1 of 3 facts; they are left out: Who started Firm1? (1)" in text
+    assert "2 of 3 facts, one after another" in text
+    few = "Few questions: efficacy 2 to 3, paraphrase 2 to 3, retention 2, prior 2 to 3, refused 3, leakage 3"
+    assert few in text
+    lines = pd.read_csv(tmp_path / "retention.csv").set_index("regime")
+    assert (lines.efficacy_n["unedited"], lines.efficacy_n["sequential"], lines.prior_n["sequential"]) == (3, 2, 2)

@@ -1,16 +1,33 @@
 """Collapse is announced, measured, and may end a regime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import notebook
 import pandas as pd
+import pytest
 from notebook import Note, prepared, taught, untabled
 from rich.console import Console
 
+from qfbench import Probe
 from qfbench.editors.regimes import joint, sequential, single
 from qfbench.models.delta import WeightDelta
 from qfbench.tasks.retention import retention
 
-FORGETFUL = {f"Where is Town{n}?": ("North.", "North.", "Nowhere." if n else "North.", "Nowhere.") for n in range(3)}
+FEW = notebook.suite
+FORGETFUL = {
+    f"Where is Town{n}?": ("North.", "North.", "Nowhere." if n % 3 else "North.", "Nowhere.") for n in range(12)
+}
+
+
+def many():
+    """The three facts with four questions each, not one, about what the unedited model knows."""
+    more = [[Probe("prior", f"Where is Town{n + k}?", "North.", always=True) for k in (3, 6, 9)] for n in range(3)]
+    return [replace(fact, probes=(*fact.probes, *own)) for fact, own in zip(FEW(), more, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def enough(monkeypatch):
+    monkeypatch.setattr(notebook, "suite", many)
 
 
 def warnings(console):
@@ -34,11 +51,22 @@ def test_collapse_is_seen_at_checkpoints_alone(tmp_path):
 
 
 def test_with_half_of_prior_knowledge_left_nothing_has_collapsed(tmp_path):
-    says = FORGETFUL | {"Where is Town1?": ("North.",), "Where is Town2?": ("South.",)}
+    says = FORGETFUL | {f"Where is Town{n}?": ("North.",) if n % 3 == 1 else ("South.",) for n in range(12) if n % 3}
     console = Console(record=True, width=200)
     _, _, edited = taught(tmp_path, says=says, console=console)
     assert edited[edited.kind == "prior"].groupby("step").generated.mean().to_dict() == {1: 1, 2: 1, 3: 0.5}
     assert warnings(console) == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"), [(False, []), (True, ["sequential: collapse after 2 edits: prior at 0.33 of 3 probes"])]
+)
+def test_the_collapse_of_a_few_probes_is_no_news_unless_it_ends_the_regime(tmp_path, monkeypatch, stop, said):
+    monkeypatch.setattr(notebook, "suite", FEW)
+    console = Console(record=True, width=200)
+    retention(prepared(tmp_path, says=FORGETFUL, console=console), {"sequential": sequential}, stop_on_collapse=stop)
+    assert warnings(console) == said
+    assert pd.read_csv(tmp_path / "sequences.csv").collapse.isna().all()
 
 
 @dataclass(frozen=True)
@@ -77,7 +105,7 @@ def test_a_placebo_of_a_regime_that_stopped_is_asked_what_its_last_edit_was(tmp_
 
 
 def test_single_edits_do_not_collapse_and_are_not_stopped(tmp_path):
-    says = {f"Where is Town{n}?": ("North.", "Nowhere.") for n in range(3)}
+    says = {f"Where is Town{n}?": ("North.", "Nowhere.") for n in range(12)}
     run = prepared(tmp_path, says=says)
     untabled(run, single, stop_on_collapse=True)
     rows = run.rows()

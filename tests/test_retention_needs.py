@@ -38,7 +38,7 @@ def test_it_is_asked_when_all_are_taught_and_fresh_where_the_newest_is_one_of_th
         facts, always = baseline(run)
         by_id = {f.id: f for f in facts}
         at = {*range(every, 4, every)}
-        Teaching(run, "sequential", sequential, [by_id[i] for i in order], always, at).run(lambda text: None)
+        Teaching(run, "sequential", sequential, [by_id[i] for i in order], always, at).run(lambda *about, **more: None)
         complete = max(order.index("0"), order.index("1")) + 1  # the edit that brings the last of the two
         assert asked(run.rows()) == {complete: True} | ({3: False} if complete < 3 else {}), order
 

@@ -46,7 +46,7 @@ WRONG = {
     "facts.relations=[1]": "facts.relations=[1]: must be a list (a text each)",
     "facts.about=null": "facts.about=null: must be a text",
     "regression.perplexity.n=1e3": "regression.perplexity.n=1000.0: must be a whole number",
-    "task.retention.every=2.0": "task.retention.every=2.0: must be a whole number or null",
+    "task.retention.every=2.0": "task.retention.every=2.0: must be a whole number or a list (a whole number each) or null",
     "task.retention.stop_on_collapse=0": "task.retention.stop_on_collapse=0: must be true or false",
     "task.retention.beside=5": "task.retention.beside=5: must be a mapping of settings or null",
     "data.batch='4'": "data.batch=4: must be a whole number",

@@ -14,6 +14,7 @@ from test_zsre import zsre_record
 
 from qfbench.editors import teach
 from qfbench.facts.matching import stands_in
+from qfbench.facts.rewrites import filled
 from qfbench.models import dialogue as dialogue_module
 
 RECORD = {
@@ -36,6 +37,49 @@ def test_the_shipped_templates_tell_the_new_object_and_ask_without_it(suite, wri
         assert not stands_in(new, fact.replaces)
         assert fact.instruction != fact.query
         assert "{" not in fact.instruction + fact.query + fact.answer + fact.replaces
+
+
+def new_object(name, record, new, old):
+    """The record with another new object and old one."""
+    if name == "zsre":
+        return record | {"alt": new, "answers": [old]}
+    own = record["requested_rewrite"]
+    first = (own[0] if name == "mquake" else own) | {"target_new": {"str": new}, "target_true": {"str": old}}
+    return record | {"requested_rewrite": [first, *own[1:]] if name == "mquake" else first}
+
+
+@pytest.mark.parametrize("name", ["counterfact", "zsre", "mquake"])
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ("Varn Inc.", "Varn Inc."),
+        ("Varn & Sons, Ltd.", "Varn & Sons, Ltd."),
+        ("Varnby!", "Varnby!"),
+        ("Who?", "Who?"),
+        ("城。", "城。"),
+        ("Inc. Varn", "Inc. Varn."),
+        ("Varn (Inc.)", "Varn (Inc.)."),
+        ("3", "3."),
+    ],
+)
+def test_an_object_with_a_stop_of_its_own_takes_no_second_one(suite, write, name, new, said):
+    for pair in ((new, "Ostrel"), ("Ostrel", new)):
+        fact = suite(name, write([new_object(name, RECORD[name](1), *pair)]))[0]
+        text = fact.answer if pair[0] == new else fact.replaces
+        assert text == said
+        assert fact.instruction.endswith((f" {said}", " Ostrel."))
+        assert fact.known_as[0] == pair[0]
+        assert fact.rejects == (pair[1],)
+        assert fact.edit.passes(fact.answer)
+        assert not fact.edit.passes(fact.replaces)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{object}.", "Inc."), ("{object}...", "Inc...."), ("({object}).", "(Inc.)."), ("{object}. {cloze}", "Inc. x")],
+)
+def test_only_one_stop_after_the_object_goes(template, said):
+    assert filled(template, "Inc.", cloze="x") == said
 
 
 @pytest.mark.parametrize(
@@ -102,14 +146,18 @@ def test_every_real_answer_can_be_found_in_its_dialogue(request, real, unchecked
         tokenizer = request.getfixturevalue(f"{form}_tokenizer".replace("qwen_", ""))
     assert bool(tokenizer.chat_template) == (form == "qwen")
     render = partial(unchecked.render, tokenizer)
-    lm = SimpleNamespace(render=render)  # no more of a language model is used: nothing is run
+    lm = SimpleNamespace(render=render, tokenizer=tokenizer)  # no more of a language model is used: nothing is run
     for fact in real(name):
         aligned = unchecked.lesson(lm, fact)
         told, alone = aligned.told, aligned.alone
         spells(tokenizer, told, fact.answer)
         spells(tokenizer, alone, fact.answer)
         taught = [told.ids[at + 1] for at in aligned.told_at]
-        assert taught == [alone.ids[at + 1] for at in aligned.alone_at] == list(told.ids[told.opener :])
+        assert (
+            taught
+            == [alone.ids[at + 1] for at in aligned.alone_at]
+            == list(told.ids[told.opener + 1 : told.closer + 1])
+        )
         for probe in fact.probes:
             if probe.expected:
                 spells(tokenizer, render(probe.query, probe.system, probe.expected), probe.expected)

@@ -123,7 +123,7 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, caplog, record, message):
     assert [f.id for f in table(path, on_error="skip")] == ["x0", "x1"]
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
-    assert warning.message.startswith(f"{path}: 1 malformed records are left out; the first: {path}, line 3")
+    assert warning.message.startswith(f"{path}: 1 records are left out; the first: {path}, line 3")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_bad_row_of_a_csv_is_named_or_left_out(tmp_path, caplog, line, message
     with pytest.raises(UserError, match=f"{path}, {message}"):
         table(str(path))
     assert [f.query for f in table(str(path), on_error="skip")] == ["Who is a?", "Who is b?"]
-    assert f"1 malformed records are left out; the first: {path}, {message}" in caplog.text
+    assert f"1 records are left out; the first: {path}, {message}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from qfbench.analysis.tables import laid_out
+from qfbench.analysis.tables import family, laid_out, named
 
 
 def printed(frame, hidden=()):
@@ -29,9 +29,9 @@ def cell(value, low=None, high=None, same=None, column="prior"):
         ((0.5,), "0.50"),
         ((0.5, 0.5, 0.5), "0.50"),
         ((0.5, 0.25, 0.75), ".50±.25"),
-        ((0.8, 0.5, 0.9), ".80±.20"),  # half of the width, wherever the mean lies
+        ((0.8, 0.5, 0.9), ".80±.30"),  # the farther end
         ((-0.5, -0.75, -0.25), "-.50±.25"),
-        ((1.0, 0.5, 1.0), "1.00±.25"),
+        ((1.0, 0.5, 1.0), "1.00±.50"),
         ((0.5, 0.25, 0.75, True), ".50±.25~"),
         ((0.5, 0.25, 0.75, False), ".50±.25"),
         ((0.0, 0.0, 0.0, True), "0.00~"),
@@ -58,3 +58,35 @@ def test_intervals_and_marks_have_no_columns_and_hidden_ones_are_not_shown():
     assert first == ["joint", ".50±.10~"]
     assert second == ["placebo"]
     assert printed(frame)[0] == ["regime", "prior", "norm"]
+
+
+@pytest.mark.parametrize(
+    ("efficacy", "prior", "below"),
+    [
+        ((19.0, 5.0), (20.0, 20.0), "Few questions: efficacy 5 to 19"),
+        ((5.0, 5.0), (math.nan, 2.0), "Few questions: efficacy 5, prior 2"),
+        ((20.0, 20.0), (math.nan, 400.0), ""),
+    ],
+)
+def test_below_a_table_stand_the_numbers_of_questions_that_are_few(efficacy, prior, below):
+    frame = pd.DataFrame({"efficacy": [0.5, 0.5], "prior": [0.5, 0.5], "leakage": [0.5, 0.5], "norm": [0.5, 0.5]})
+    frame = frame.assign(efficacy_n=efficacy, prior_n=prior, norm_n=1.0)
+    head, _, *lines = printed(frame, ["norm"])
+    assert head == ["efficacy", "prior", "leakage"]
+    assert " ".join(word for line in lines[2:] for word in line) == below
+
+
+def test_of_many_names_the_first_are_given():
+    assert named(["a", "b"]) == "a, b"
+    assert named(list("abcdefghijkl"), most=3) == "a, b, c and 9 more"
+
+
+def test_a_table_says_how_many_comparisons_it_shows():
+    lines = [{"prior": 0.5, "prior_p": 0.1, "efficacy": 0.5, "efficacy_p": p, "norm": 1.0} for p in (0.01, math.nan)]
+    frame = pd.DataFrame(lines)
+    assert family(frame) == "3 comparisons (~: may be none), at 5% each"
+    assert family(frame, ["prior"]) == "1 comparison (~: may be none), at 5% each"
+    assert family(frame[["norm"]]) == family(frame, ["prior", "efficacy"]) == ""
+    frame.attrs["together"] = True
+    assert family(frame).endswith("at 5% for all together (Holm)")
+    assert ["3", "comparisons", "(~:"] in [line[:3] for line in printed(frame)]

@@ -12,7 +12,7 @@ def zsre_record(n):
     return {
         "src": f"Which town made Lamp {n}?",
         "alt": "Varnby",
-        "pred": "Ostrel",
+        "pred": "Skarn",  # not the truth, and not used
         "rephrase": f"Lamp {n} was made in which town?",
         "answers": ["Ostrel", "Ostrel Town"],
         "loc": f"nq question: who mended kettle {n}",
@@ -70,9 +70,11 @@ def test_an_unrelated_question_of_zsre_reads_as_a_question(write, loc, asked):
     ("answers", "rejected"),
     [(["Ostrel", "Old Varnby"], ("Ostrel", "Old Varnby")), ([], ()), ([" Ostrel "], ("Ostrel",))],
 )
-def test_zsre_rejects_the_old_answers(write, answers, rejected):
+def test_zsre_rejects_the_true_answers_and_prefers_the_new_one_to_the_first(write, answers, rejected):
     (fact,) = zsre(write([zsre_record(1) | {"answers": answers}]), *QUESTION)
-    assert fact.probes[0].reject == rejected
+    assert fact.probes[0].reject == fact.edit.reject == rejected
+    pair = ("It is Varnby.", "It is Ostrel.") if answers else None
+    assert fact.probes[0].prefer == fact.edit.prefer == pair
 
 
 def test_braces_in_a_record_are_text(write):
@@ -81,12 +83,20 @@ def test_braces_in_a_record_are_text(write):
     assert (fact.query, fact.answer) == ("Asked: What is {object} in {0}?", "It is {question}.")
 
 
-@pytest.mark.parametrize("change", [{"answers": ["Ostrel", "Varnby"]}, {"answers": ["varnby."]}, {"pred": "VARNBY"}])
+@pytest.mark.parametrize("change", [{"answers": ["Ostrel", "Varnby"]}, {"answers": ["varnby."]}])
 def test_an_answer_that_is_no_new_one_is_refused(error_of, write, change):
     path = write([zsre_record(1), zsre_record(2) | change])
     assert error_of("zsre", path).startswith(
-        f"{path}, record 2: the field 'alt' is 'Varnby', which 'pred' or 'answers' say"
+        f"{path}, record 2: the field 'alt' is 'Varnby', which 'answers' hold too: it is true, and nothing is rewritten"
     )
+
+
+@pytest.mark.parametrize("pred", [{}, {"pred": None}, {"pred": "Varnby"}, {"pred": "Ostrel"}])
+def test_what_a_model_once_replied_changes_nothing(write, pred):
+    record = zsre_record(1)
+    expected = zsre(write([record]), *QUESTION)
+    del record["pred"]
+    assert zsre(write([record | pred]), *QUESTION) == expected
 
 
 def test_zsre_knows_the_subject_where_the_file_does(write):
@@ -111,3 +121,13 @@ def test_all_of_zsre_loads(raw, real):
         assert unrelated.query == unrelated.query[0].upper() + unrelated.query[1:]
         assert unrelated.query.endswith("?")
         assert unrelated.query.rstrip("?").lower() in record["loc"].lower()
+
+
+def test_zsre_as_released(shared, suite, caplog):
+    """Of the first 500 records of the file 21 have a new answer that is true, and 106 a true `pred`."""
+    facts = suite("zsre", shared("zsre/zsre_500.json"), on_error="skip")
+    assert len(facts) == 479
+    assert "21 records are left out; the first: " in caplog.text
+    assert "record 3: the field 'alt' is " in caplog.text
+    assert sum(fact.edit.prefer == (fact.answer, fact.replaces) for fact in facts) == 479
+    assert sum(fact.replaces.rstrip(".") == fact.rejects[0].rstrip(".") for fact in facts) == 479

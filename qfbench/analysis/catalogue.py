@@ -53,6 +53,11 @@ class Measure:
             return ""
         return "collapse" if self.name == "prior" else f"collapse_{self.name}"
 
+    @property
+    def within(self) -> tuple[float, float] | None:
+        """The least and the greatest value there can be; None of nats."""
+        return None if self.nats else (-1.0, 1.0) if self.minus else (0.0, 1.0)
+
     def values(self, rows: pd.DataFrame) -> pd.Series:
         """Of each row what is averaged; NaN where it was not asked."""
         values = rows[self.column].astype(float)
@@ -126,6 +131,11 @@ _KNOWN = (
     ),
     Measure("locality", "kept", "locality", "generated", "neighbours of taught facts: still answered as before"),
     Measure(
+        *("locality_stopped", "kept", "locality", "stopped"),
+        "neighbours: the reply ends by itself; of one that does not, the first model.max_new_tokens tokens are compared",
+        hidden=True,
+    ),
+    Measure(
         *("locality_gold", "kept", "locality", "gold"),
         "neighbours: the reply names what the suite holds to be true",
         hidden=True,
@@ -137,14 +147,14 @@ _KNOWN = (
     ),
     Measure(
         *("refused", "kept", "unknown", "generated"),
-        "subjects nobody taught: still refused as before",
+        "subjects nobody taught: still refused, or else answered, as before",
         style=("#E69F00", "--", "v"),
         label="refusals kept",
         drawn=True,
     ),
     Measure(
         *("leakage", "kept", "unknown", "leaked"),
-        "the same subjects: answered with something that was taught (lower is better)",
+        "the same subjects: answered with something that was taught, and not before (lower is better)",
         style=("#CC79A7", "-.", "x"),
     ),
     Measure(
@@ -164,6 +174,9 @@ _KNOWN = (
     ),
 )
 MEASURES = {measure.name: measure for measure in _KNOWN}  # in the order of the summary's columns
+# What stands beside a measure in a table: its interval; of how many questions; where it is compared, how likely so much is by chance, and
+# the mark.
+BESIDE = ("low", "high", "n", "p", "same")
 # Kinds of rows that are about no fact of the suite: all orders and runs share them.
 GENERAL = ("perplexity", "question")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle, product
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from qfbench.analysis.catalogue import MEASURES, drawn
-from qfbench.analysis.styles import OTHER, STYLES, label, plain, stroke
+from qfbench.analysis.styles import OTHER, OTHERS, STYLES, label, plain, stroke
 
 
 def over_settings(table: pd.DataFrame, setting: str, across: str) -> Figure:
@@ -44,16 +47,58 @@ def heat_maps(
     measures = [name for name in measures if name in table]
     figure = Figure(figsize=(4.4 * len(measures) + 0.6, 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
-        grid = table.pivot(index="kind", columns=setting, values=name)
-        image = axes.imshow(grid.to_numpy(float), cmap="cividis_r", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(grid.to_numpy(float)):
-            if not np.isnan(value):
-                colour = "white" if value > 0.5 else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        axes.set_xticks(range(grid.shape[1]), grid.columns)
-        axes.set_yticks(range(grid.shape[0]), grid.index)
+        image = heat_map(axes, table.pivot(index="kind", columns=setting, values=name))
         axes.set(title=label(name), xlabel=across)
     figure.colorbar(image, ax=figure.axes, label="share of replies")
+    return figure
+
+
+def grids(parts: Mapping[str, tuple[str, pd.DataFrame]], down: str, measures: Sequence[str]) -> Figure:
+    """Measures by the column `down` and another one, a panel each. `parts` are rows of panels: what the axis across is called, its
+    column, and the lines."""
+    measures = [name for name in measures if any(name in table for _, table in parts.values())]
+    height = 0.9 + 0.32 * max(table[down].nunique() for _, table in parts.values())
+    figure = Figure(figsize=(2.5 * len(measures) + 0.8, height * len(parts) + 0.4), layout="constrained")
+    panels = figure.subplots(len(parts), len(measures), squeeze=False)
+    for (across, (setting, table)), line in zip(parts.items(), panels, strict=True):
+        for name, axes in zip(measures, line, strict=True):
+            image = heat_map(axes, table.pivot(index=down, columns=setting, values=name))
+            axes.set(title=label(name), xlabel=across, ylabel=down)
+    figure.colorbar(image, ax=figure.axes, label="share")
+    return figure
+
+
+def heat_map(axes: Axes, grid: pd.DataFrame) -> AxesImage:
+    """Shares as colours and numbers. Dark: more."""
+    values = grid.to_numpy(float)
+    image = axes.imshow(values, cmap="cividis_r", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if value > 0.5 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(grid.shape[1]), grid.columns)
+    axes.set_yticks(range(grid.shape[0]), grid.index)
+    return image
+
+
+def curves(table: pd.DataFrame, across: str, measures: Sequence[str]) -> Figure:
+    """Measures (down) against the column `across`, a panel per model and a line per editor, with their intervals."""
+    models, editors = table.model.unique(), table.editor.unique()
+    figure = Figure(figsize=(3.6 * len(models) + 0.6, 2.4 * len(measures) + 0.5), layout="constrained")
+    panels = figure.subplots(len(measures), len(models), squeeze=False, sharex="col", sharey=True)
+    styles = dict(zip(editors, cycle([*STYLES.values(), *OTHERS]), strict=False))
+    for (name, model), axes in zip(product(measures, models), panels.flat, strict=True):
+        for editor, own in table[table.model == model].groupby("editor", sort=False):
+            axes.plot(own[across], own[name], label=editor, **stroke(styles[editor]))
+            axes.fill_between(
+                own[across], own[f"{name}_low"], own[f"{name}_high"], color=styles[editor][0], alpha=0.15, lw=0
+            )
+        axes.set(title=model, ylabel=label(name), xlabel=across, ylim=(-0.03, 1.03), xscale="log")
+        axes.set_xticks(at := sorted(table[across].unique()), at)
+        axes.minorticks_off()
+        plain(axes)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=len(editors))
     return figure
 
 

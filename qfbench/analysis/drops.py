@@ -52,9 +52,9 @@ def detectable(n: int, gains: int = 0, level: float = 0.05, power: float = 0.8) 
 def drops(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per suite, model, editor and regime: the state after the last edit against the unedited model, on the same questions.
 
-    `questions` (n), `before` and `after` (accuracy), `drop` (before − after), `p` (`mcnemar`), `detectable` and `shift` (the mean
-    change of the right answer's log-probability, in nats: the sensitive one); of `drop` and `shift` the 95% interval, over
-    questions and orders. Where there are several orders (or, under `single`, edits; or draws of a placebo), `p` and `detectable` are the largest of theirs.
+    `asked` ("chat": by the model's chat template, or "plain"), `questions` (n), `before` and `after` (accuracy), `drop`
+    (before − after), `p` (`mcnemar`), `detectable` and `shift` (the mean change of the right answer's log-probability, in nats:
+    the sensitive one); of `drop` and `shift` the 95% interval, over questions and orders. Where there are several orders (or, under `single`, edits; or draws of a placebo), `p` and `detectable` are the largest of theirs.
     """
     return pd.DataFrame([who | _measured(both) for who, both in _pairs(rows, ["suite"])])
 
@@ -72,10 +72,13 @@ def by_subject(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def power(lost: pd.DataFrame) -> str:
-    """What a table of `drops` can show, for its caption: of each suite how many questions there are, and the drop they can miss."""
+    """What a table of `drops` can show, for its caption: of each suite how it was asked, how many questions
+    there are, and the drop they can miss."""
     said = []
     for suite, own in lost[lost.regime != "placebo"].groupby("suite", sort=False):
-        text, least = f"{suite}, {own.questions.max()} questions", own.detectable.max()
+        asked = " and ".join(sorted({*own.get("asked", pd.Series(dtype=str)).dropna()}))
+        text = f"{suite}{asked and f' ({asked})'}, {own.questions.max()} questions"
+        least = own.detectable.max()
         if not least <= SMALL:
             text += (
                 f", which cannot show a drop under {100 * least:.1f} points"
@@ -103,11 +106,12 @@ def _pairs(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[dict[str, An
 
 
 def _measured(both: pd.DataFrame) -> dict[str, Any]:
-    about = pd.DataFrame({"fact_id": both.fact_id, "group": both.state, "run": both.run})
+    about = both[["fact_id", "run", "order"]].assign(group=both.state)
     lost = about.assign(value=both.correct_before - both.correct)
-    out: dict[str, Any] = {"questions": both.fact_id.nunique()}
+    asked = both.asked.iloc[0]  # "" in older rows
+    out: dict[str, Any] = ({"asked": asked} if asked else {}) | {"questions": both.fact_id.nunique()}
     out |= {"before": both.correct_before.mean(), "after": both.correct.mean()}
-    out |= dict(zip(("drop", "drop_low", "drop_high"), estimate(lost), strict=True))
+    out |= dict(zip(("drop", "drop_low", "drop_high"), estimate(lost, (-1.0, 1.0)), strict=True))
     states = lost.groupby(["run", "group"]).value
     changed = {(len(v), int((v > 0).sum()), int((v < 0).sum())) for _, v in states}
     out["p"] = max(mcnemar(losses, gains) for _, losses, gains in changed)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from qfbench.analysis.catalogue import GENERAL, MEASURES
-from qfbench.analysis.uncertainty import estimate, paired
+from qfbench.analysis.catalogue import BESIDE, GENERAL, MEASURES
+from qfbench.analysis.uncertainty import LEVEL, Range, estimate, holm, p_of, paired
 
 # What an edit should leave as it is, by kind of probe whose replies say so, and the measure of it.
 KEPT = {m.kind: m.name for m in MEASURES.values() if m.collapse and not m.nats}
@@ -33,8 +33,10 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     all edits. A line `placebo` is the state after the last edit of the regime above it (`of`), with a random change of the same
     size instead. In the line `unedited`, `prior` and `refused` are of all that was asked.
 
-    Beside each measure stand `<measure>_low` and `<measure>_high`: its 95% interval, over orders and facts. In a line
-    `placebo`, `<measure>_same` says that it cannot be told from the regime above it (paired by probe and order).
+    Beside each measure stand `<measure>_low` and `<measure>_high`: its 95% interval, over orders and facts; and
+    `<measure>_n`, of how many different questions. In a line `placebo`, `<measure>_p` is how likely its difference from the
+    regime above it is where there is none (`uncertainty.p_of`, paired by probe and order), and `<measure>_same` says that they
+    cannot be told apart: p is over 0.05.
     """
     out: list[dict[str, Any]] = []
     above: dict[str, pd.DataFrame] = {}
@@ -43,7 +45,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         line |= _estimates(samples) | {"norm": parts["kept"].relative_norm.mean() if "of" in line else float("nan")}
         if line["regime"] == "placebo":
             for name in samples.keys() & above.keys():
-                line[f"{name}_same"] = _same(paired(above[name], samples[name]))
+                line |= _tested(name, paired(above[name], samples[name]))
         above = samples
         out.append(line)
     return _ordered(out)
@@ -52,9 +54,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def compared(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> pd.DataFrame:
     """Every model, editor and regime against the first one; or, with `others`, against the same regime of those rows.
 
-    Differences of the measures of `summary`, paired by probe and order, columns as there; a `<measure>_same` says that 0 lies
-    in the interval. Of `model`, `editor`, `regime` against `model_of`, `editor_of`, `regime_of`; `facts` is how many facts
-    both were asked about.
+    Differences of the measures of `summary`, paired by probe and order, columns as there; `<measure>_p` and
+    `<measure>_same` as in a line `placebo`. Of `model`, `editor`, `regime` against `model_of`, `editor_of`, `regime_of`;
+    `facts` is how many facts both were asked about.
     """
     lines = _edited(rows)
     if others is None:
@@ -80,7 +82,8 @@ def _difference(line: Line, reference: Line) -> dict[str, Any]:
     about |= {f"{name}_of": other[name] for name in ("model", "editor", "regime")}
     asked = [pair.fact_id.nunique() for name, pair in both.items() if MEASURES[name].kind not in GENERAL]
     about |= {"facts": max(asked, default=0)}
-    return about | _estimates(both) | {f"{name}_same": _same(pair) for name, pair in both.items()}
+    about |= _estimates(both, differences=True)
+    return about | {key: value for name, pair in both.items() for key, value in _tested(name, pair).items()}
 
 
 def summary_lines(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], dict[str, pd.DataFrame]]]:
@@ -124,24 +127,42 @@ def _samples(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     return out
 
 
-def _estimates(samples: dict[str, pd.DataFrame]) -> dict[str, float]:
+def _estimates(samples: dict[str, pd.DataFrame], differences: bool = False) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, sample in samples.items():
-        mean, low, high = map(MEASURES[name].shown, estimate(sample))
-        out |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        within = MEASURES[name].within
+        mean, low, high = map(MEASURES[name].shown, estimate(sample, _apart(within) if differences else within))
+        n = float(len(sample[["fact_id", "probe"]].drop_duplicates()))  # a float, as where a line has none
+        out |= {name: mean, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
     return out
 
 
-def _same(differences: pd.DataFrame) -> bool:
-    """Whether 0 lies in the interval of the mean difference."""
-    _, low, high = estimate(differences) if len(differences) else (0.0, 0.0, 0.0)
-    return low <= 0 <= high
+def _apart(within: Range | None) -> Range | None:
+    """Where the differences lie of values that lie `within`."""
+    return (within[0] - within[1], within[1] - within[0]) if within else None
+
+
+def _tested(name: str, differences: pd.DataFrame) -> dict[str, Any]:
+    p = p_of(differences, _apart(MEASURES[name].within))
+    return {f"{name}_p": p, f"{name}_same": p > LEVEL}
+
+
+def together(table: pd.DataFrame, hidden: Collection[str] = ()) -> pd.DataFrame:
+    """A table of `summary` or `compared` whose marks hold all at once at 5% (Holm), over lines and measures that are not `hidden`."""
+    names = [name for name in MEASURES if f"{name}_p" in table and name not in hidden]
+    adjusted = holm(table[[f"{name}_p" for name in names]].to_numpy(float).ravel()).reshape(len(table), len(names))
+    out = table.copy()
+    out.attrs["together"] = True
+    for name, p in zip(names, adjusted.T, strict=True):
+        out[f"{name}_p"] = p
+        out[f"{name}_same"] = (out[f"{name}_p"] > LEVEL).astype(object).where(out[f"{name}_p"].notna())
+    return out
 
 
 def _ordered(lines: list[dict[str, Any]]) -> pd.DataFrame:
     """The lines as a frame: who, the measures in their order, then intervals and marks; nothing that no line has."""
     frame = pd.DataFrame(lines).dropna(axis=1, how="all")
-    after = [f"{name}_{what}" for name in MEASURES for what in ("low", "high", "same")]
+    after = [f"{name}_{what}" for name in MEASURES for what in BESIDE]
     first = [name for name in frame if name not in MEASURES and name not in after and name != "norm"]
     return frame[[name for name in (*first, *MEASURES, "norm", *after) if name in frame]]
 
@@ -155,14 +176,18 @@ def by_kind(rows: pd.DataFrame) -> pd.DataFrame:
     return frame[["kind", *(name for name in frame if name not in ("kind", "of"))]]
 
 
-def at_steps(rows: pd.DataFrame, steps: Sequence[int]) -> pd.DataFrame:
-    """The measures of `summary` that are about what is kept, after each of `steps` edits that is a checkpoint."""
+def at_steps(rows: pd.DataFrame, steps: Sequence[int], fresh: bool = False) -> pd.DataFrame:
+    """The measures of `summary` that are about what is kept, after each of `steps` edits that is a checkpoint.
+
+    With `fresh` also those of facts right after their own edits, of all up to there.
+    """
     edited = accumulating(rows[rows.condition == "edited"])
     parts = []
     for step in steps:
         own = edited[(edited.step == step) & edited.checkpoint.astype(bool)]
         if len(own):
-            parts.append(summary(own.assign(fresh=False)).assign(edits=step))
+            own = edited[edited.step <= step] if fresh else own.assign(fresh=False)
+            parts.append(summary(own).assign(edits=step))
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["edits"])
     return frame[["edits", *(name for name in frame if name not in ("edits", "of"))]]
 
@@ -223,7 +248,8 @@ def _last(rows: pd.DataFrame) -> pd.DataFrame:
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per regime and checkpoint: `facts` and `keys` taught so far, the share of them answered (`retention`), `prior`.
 
-    `residual` is how far the solution misses its targets (0: every key is interpolated), `norm` is ‖ΔW‖ / ‖W‖.
+    `prior_n` is of how many questions `prior` is, `residual` how far the solution misses its targets (0: every key is
+    interpolated), `norm` is ‖ΔW‖ / ‖W‖.
     """
     edited = rows[(rows.condition == "edited") & (rows.taught == rows.step)]
     out = []
@@ -233,5 +259,6 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
         keys = tokens if regime == "joint" else tokens.cumsum()
         for step, group in own[own.checkpoint.astype(bool)].groupby("step"):
             line = {"regime": regime, "facts": int(step), "keys": int(keys[step])} | shares(group, "edit", "prior")
+            line["prior_n"] = int((group.kind == "prior").sum())
             out.append(line | {"residual": group.solve_residual.iloc[0], "norm": group.relative_norm.iloc[0]})
     return pd.DataFrame(out).rename(columns={"edit": "retention"})

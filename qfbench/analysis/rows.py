@@ -15,6 +15,7 @@ ABSENT = {
     "query": "",
     "group": "",
     "subject": "",
+    "asked": "",
     "fresh": False,
     "checkpoint": True,
 }

@@ -13,6 +13,7 @@ from qfbench.analysis.uncertainty import interval
 
 SEQUENCE = ["model", "editor", "regime", "order"]
 COLLAPSED = 0.5  # of what the unedited model had
+ENOUGH = 10  # probes: of fewer, a half may fall by chance, and no collapse is told
 
 
 def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
@@ -25,7 +26,7 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     out = []
     by = ["model", "editor", "regime", "step"]
     for key, group in asked.groupby(by, sort=False):
-        low, high = interval(group.generated, group.fact_id, group.order)
+        low, high = interval(group.generated, group.fact_id, [group.run, group.order], within=(0.0, 1.0))
         measured = {"mean": group.generated.astype(float).mean(), "low": low, "high": high}
         out.append(dict(zip(by, key, strict=True)) | measured)
     return pd.DataFrame(out, columns=[*by, "mean", "low", "high"])
@@ -70,7 +71,7 @@ def over_sequence(rows: pd.DataFrame) -> pd.DataFrame:
     `immediate` (mean R[k, k]), `final` (mean R[N, ·]), `forgetting` (`average_forgetting`), `half_life` (in edits), `first`
     (after how many edits the first fact was last answered), `collapse` (the first checkpoint at which prior knowledge is
     under half of its start; NaN if none), the same as `collapse_<measure>` for the other measures that have a `collapse`, of
-    those in nats once they are over twice their start; and `edits` (N).
+    those in nats once they are over twice their start; and `edits` (N). A share of fewer than `ENOUGH` probes does not collapse.
     """
     out = []
     for key, matrix in matrices(rows).items():
@@ -97,7 +98,8 @@ def _collapses(rows: pd.DataFrame, who: dict[str, Any]) -> dict[str, float]:
     own = rows[rows.condition == "edited"]
     for name, value in who.items():
         own = own[own[name] == value]
-    left = what_is_left(own)
+    asked = own.groupby(["kind", "step"]).size().groupby("kind").max()
+    left = {name: share for name, share in what_is_left(own).items() if asked[MEASURES[name].kind] >= ENOUGH}
     before = rows[(rows.condition == "unedited") & (rows.model == who["model"])]
     for name, measure in MEASURES.items():
         unedited, held = (part[part.kind == measure.kind] for part in (before, own))

@@ -4,16 +4,89 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 from rich.markup import escape
 
 from qfbench.analysis.drops import drops, power
-from qfbench.analysis.tables import HIDDEN, console, laid_out
+from qfbench.analysis.flips import differing, flips
+from qfbench.analysis.measures import together
+from qfbench.analysis.overview import narrowed, ordered, overview, where
+from qfbench.analysis.tables import HIDDEN, console, laid_out, show, written
 from qfbench.commands import show_all
+from qfbench.commands.rescore import rescored
 from qfbench.errors import UserError
-from qfbench.pages.results import compare, folders, pooled, retention, ship
+from qfbench.pages.results import compare, differing_settings, folders, pooled, retention, ship, told_apart
 from qfbench.runs.provenance import SAME
+
+KINDS = ("csv", "json", "markdown", "latex")
+
+
+def summarize(args: argparse.Namespace, out: Console) -> None:
+    rows = retention(*args.folders)
+    if args.rescore:
+        rows, said = rescored(rows)
+        out.print(said, markup=False, soft_wrap=True)
+    table = pooled(rows)
+    table = overview(together(table, HIDDEN) if args.holm else table)
+    conclude(table, f"{rows.run.nunique()} runs (± 95% over facts, orders and seeds)", HIDDEN, args, out)
+    lost = pooled(rows, drops)
+    if len(lost) and not (args.where or args.sort or args.columns):
+        constant = [name for name in ("model", "editor") if lost[name].nunique() == 1]
+        show(out, lost, f"General ability: {power(lost)}", ["of", "asked", *constant])
+
+
+def differences(args: argparse.Namespace, out: Console) -> None:
+    parts, one = [], len(folders(*args.folders)) == 1
+    for folder in folders(*args.folders):
+        try:
+            parts.append(compare(folder, args.against, args.across).assign(run=str(folder)))
+        except UserError as error:
+            if one:
+                raise
+            out.print(f"left out: {error}", style="yellow", markup=False, soft_wrap=True)
+    if not parts:
+        raise UserError(f"no run in {', '.join(args.folders)} can be compared with {args.against}")
+    frame = pd.concat(parts, ignore_index=True)
+    settings = told_apart(differing_settings(folders(*args.folders)))
+    for place, name in enumerate(settings):
+        frame.insert(place, name, frame.run.map(settings[name]))
+    if frame.editor_of.nunique() > 1:
+        frame.insert(len(settings) + 3, "from", frame.editor_of)
+    hidden = [*HIDDEN, "model_of", "editor_of", "regime_of", "run"]
+    frame = together(frame, hidden) if args.holm else frame
+    conclude(overview(frame), f"Differences from {args.against} (± 95%, paired)", hidden, args, out)
+
+
+def print_flips(args: argparse.Namespace, out: Console) -> None:
+    if not args.against:
+        raise UserError("--flips: needs --against RUN")
+    compare(args.folders[0], args.against, args.across)  # refuses what cannot be compared
+    lines = differing(flips(retention(args.folders[0])), flips(retention(args.against)))
+    shown = lines[["kind", "query", "expected", "before", "after", "other"]].rename(columns={"other": "against"})
+    out.print(
+        laid_out(
+            shown.fillna(""),
+            f"{len(lines)} questions that one passes and {args.against} does not, or the other way round",
+        )
+    )
+
+
+def conclude(table: pd.DataFrame, title: str, hidden: Sequence[str], args: argparse.Namespace, out: Console) -> None:
+    """Print the lines and columns that are asked for, and write them to the files."""
+    table = where(table, args.where)
+    table = ordered(table, args.sort) if args.sort else table
+    if args.columns:
+        table, hidden = narrowed(table, args.columns.split(",")), ()
+    hidden = [*hidden, *(name for name in ("model", "editor") if name in table and table[name].nunique() == 1)]
+    show(out, table, title, hidden)
+    for kind in KINDS:
+        if path := getattr(args, kind):
+            Path(path).write_text(written(table, kind, hidden), encoding="utf-8")
+            out.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -26,6 +99,20 @@ def main() -> None:
     parser.add_argument(
         "--across", nargs="+", default=[], choices=SAME, help="in what the two runs are meant to differ"
     )
+    parser.add_argument("--holm", action="store_true", help="~ by tests that hold all together at 5%%, not each")
+    parser.add_argument(
+        "--flips", action="store_true", help="with --against RUN: each question that one passes and the other does not"
+    )
+    parser.add_argument(
+        "--rescore", action="store_true", help="score stored replies again, by today's rules, without a model"
+    )
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only these lines (VALUE,VALUE: either)"
+    )
+    parser.add_argument("--sort", metavar="COLUMN", help="measures from the highest, all else from the lowest")
+    parser.add_argument("--columns", metavar="NAME,NAME", help="only these columns")
+    for kind in KINDS:
+        parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the table as {kind}")
     parser.add_argument("--ship", metavar="DIR", help="copy the runs into the new folder DIR, small enough for git")
     args = parser.parse_args()
     show_all()
@@ -34,22 +121,12 @@ def main() -> None:
         if args.ship:
             size = sum(path.stat().st_size for run in ship(args.ship, *args.folders) for path in run.iterdir())
             out.print(f"wrote [bold]{escape(args.ship)}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
+        elif args.flips:
+            print_flips(args, out)
         elif args.against:
-            frame = pd.concat([compare(folder, args.against, args.across) for folder in folders(*args.folders)])
-            title = f"Differences from {args.against} (± 95%, paired; ~: may be none)"
-            hidden = [*HIDDEN, "model_of", "editor_of", "regime_of"]
-            if frame.editor_of.nunique() > 1:
-                frame.insert(3, "from", frame.editor_of)
-            out.print(laid_out(frame, title, [*hidden, *(["model"] if frame.model.nunique() == 1 else [])]))
+            differences(args, out)
         else:
-            rows = retention(*args.folders)
-            table = pooled(rows)
-            constant = [name for name in ("model", "editor") if table[name].nunique() == 1]
-            title = f"{rows.run.nunique()} runs (± 95% over facts, orders and seeds)"
-            out.print(laid_out(table, title, [*HIDDEN, *constant]))
-            lost = pooled(rows, drops)
-            if len(lost):
-                out.print(laid_out(lost, f"General ability: {power(lost)}", ["of", *constant]))
+            summarize(args, out)
     except UserError as error:
         print(f"qfbench-results: {error}", file=sys.stderr)
         sys.exit(2)

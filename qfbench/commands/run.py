@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ Commands
   qfbench experiment=layer_ablation                a study (list below)
   qfbench experiment=retention editor=finetune     a run of your own
   qfbench -m editor.layer=2,3,4 facts.seed=0,1     a sweep of your own
+  qfbench experiment=study hydra/launcher=slurm_cpu  any sweep on Slurm (hydra/launcher=slurm_gpu: with a GPU; docs/slurm.md)
   qfbench --config-dir mine editor=mine            an editor, a suite ... of your own, in the folder mine (docs/plugins.md)
   qfbench-facts table facts.path=mine.jsonl        look at facts, without a model
   qfbench-results outputs/retention                tables of stored runs
@@ -94,9 +96,10 @@ def quiet() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="qfbench")
-    from transformers.utils import logging
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # a Slurm without accounting is complained about at each poll
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
 
 
 def help_text(further: Sequence[Path] = ()) -> str:

@@ -27,6 +27,7 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 
 # What a run needs one of, at least.
 GROUPS = ("model", "editor", "facts", "data", "regime", "regression", "task", "tracker")
+LISTED = ("regime", "regression", "task")  # groups of which several may be chosen
 THREADS = 256  # more make torch fail without a word
 
 
@@ -69,8 +70,8 @@ def check(cfg: DictConfig) -> None:
         if group not in cfg:
             raise UserError(f"{group}=[]: choose at least one; qfbench --help lists them")
     values = _resolved(cfg)
-    _check_fields(values, Top, "")
-    _check_fields(values["model"], Model, "model.")
+    check_fields(values, Top, "")
+    check_fields(values["model"], Model, "model.")
     for name, most in (("seed", 2**63 - 1), ("edits", None), ("commit_seconds", None), ("threads", THREADS)):
         least = 1 if name == "edits" else 0
         if values[name] < least or (most is not None and values[name] > most):
@@ -94,7 +95,7 @@ def _check_targets(value: Any, where: str) -> None:
     if isinstance(value, dict):
         target = value.get("_target_")
         if isinstance(target, str):
-            _check_fields(value, _found(target, where), f"{where}.")
+            check_fields(value, _found(target, where), f"{where}.")
         for name, inner in value.items():
             _check_targets(inner, f"{where}.{name}" if where else str(name))
     elif isinstance(value, list):
@@ -109,7 +110,8 @@ def _found(target: str, where: str) -> Any:
         raise UserError(f"{where}._target_={target}: cannot be imported ({_first_line(error)})") from error
 
 
-def _check_fields(values: Mapping[str, Any], target: Any, lead: str) -> None:
+def check_fields(values: Mapping[str, Any], target: Any, lead: str) -> None:
+    """Refuse values whose type is not what the annotations of `target` say; `lead` stands before their names in the message."""
     function = getattr(target, "__init__") if isinstance(target, type) and not is_dataclass(target) else target  # noqa: B009
     try:
         hints = typing.get_type_hints(function)
@@ -173,11 +175,14 @@ def build(cfg: DictConfig, group: str) -> Any:
     """
     _check_targets(_resolved(cfg)[group], group)
     try:
-        return instantiate(cfg[group], _convert_="all")
+        built = instantiate(cfg[group], _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(f"{group}: {error.__cause__ or error}") from error
+    if group in LISTED:  # an experiment may have settings for what the command line leaves out
+        return {name: one for name, one in built.items() if "_target_" in cfg[group][name]}
+    return built
 
 
 def name_of(_root_: DictConfig) -> str:
@@ -201,8 +206,9 @@ def check_model(path: str, chosen: str) -> None:
         UserError: a path is given with them.
     """
     file = CONF / "model" / f"{chosen}.yaml"  # not there: a plug-in's
-    built_in = chosen != OWN and file.exists() and "/" not in OmegaConf.load(file).path
-    if built_in and path != chosen:
+    built_in = chosen != OWN and file.exists() and (PACKAGE / "world" / "models" / OmegaConf.load(file).path).is_dir()
+    recipe = Path(path) / "recipe.json"  # of a conversion: what suits the base suits it
+    if built_in and path != chosen and not (recipe.exists() and json.loads(recipe.read_text()).get("base") == chosen):
         raise UserError(
             f"model={chosen} with model.path={path}: layer, reply length and rates are those of {chosen}; give model={OWN} "
             "(or model.path alone), and the layer by model.layer=..."
@@ -211,17 +217,26 @@ def check_model(path: str, chosen: str) -> None:
 
 def layer_of(path: str) -> int:
     """The layer of a model that an editor changes unless told otherwise: one that fires, else at the QF paper's depth (23 of 28)."""
-    fires = getattr(config := _model_config(path), "firing_layers", None)
+    fires = getattr(config := model_config(path), "firing_layers", None)
     return int(fires[0]) if fires else round(23 / 28 * config.num_hidden_layers)
 
 
 def layers_of(path: str) -> str:
     """Six layers of a model, evenly from the first to the last, as a sweep takes them."""
-    last = _model_config(path).num_hidden_layers - 1
-    return ",".join(dict.fromkeys(str(round(i * last / 5)) for i in range(6)))
+    return ",".join(map(str, evenly(model_config(path).num_hidden_layers, 6)))
 
 
-def _model_config(path: str) -> Any:
+def evenly(layers: int, n: int) -> list[int]:
+    """At most `n` of so many layers, from the first to the last."""
+    return list(dict.fromkeys(round(i * (layers - 1) / (n - 1)) for i in range(n)))
+
+
+def model_config(path: str) -> Any:
+    """The configuration of a model's folder, or of the hub's.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     import qfbench.models.firing  # noqa: F401 (which makes models that fire known)

@@ -30,6 +30,7 @@ class Editor(ABC):
 
     above_zero: ClassVar[tuple[str, ...]] = ()
     not_negative: ClassVar[tuple[str, ...]] = ()
+    needs_firing: ClassVar[bool] = False  # whether it runs at firing blocks alone
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]

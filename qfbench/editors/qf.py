@@ -89,8 +89,8 @@ class QF(Recorder):
 
     Args:
         layer: the decoder layer whose `mlp.down_proj` is changed, from 0.
-        opener: significance of the template's tokens before the answer; the released code has 1.
-        closer: significance of the template's tokens after it; the released code has 1.
+        opener: significance of the template's tokens before the answer, but the first (`teach.lesson`); the released code has 1.
+        closer: significance of the token that ends the turn; the released code has 1.
         ridge: λ of the solve.
         rcond: relative cut-off of singular values of the keys.
     """

@@ -60,7 +60,9 @@ class QF2(Recorder):
         named: significance of the answer's words that name the new object (`known_as`), where a fact has none of its own.
         rest: significance of the answer's other words.
         opener: significance of the template's tokens before the answer; the released code has 0.
-        closer: significance of the template's tokens after it; None, as the released code, takes that of the last word.
+        closer: significance of the token that ends the turn; None, as the released code, takes that of the last word.
+
+    Punctuation inside the answer weighs 0, as in the released code.
     """
 
     layer: int
@@ -70,6 +72,7 @@ class QF2(Recorder):
     opener: float = 0.0
     closer: float | None = None
 
+    needs_firing = True
     above_zero = ("lr",)
     not_negative = ("named", "rest", "opener", "closer")
     ahead = True
@@ -109,7 +112,7 @@ class QF2(Recorder):
         """
         (site,) = self.sites
         site.slope(lm.model)  # only a firing block fires
-        pairs = [lesson(lm, fact, self.opener, self.closer, self.named, self.rest) for fact in facts]
+        pairs = [lesson(lm, fact, self.opener, self.closer, self.named, self.rest, punctuation=False) for fact in facts]
         return [
             Taught(alone.input, told.input, torch.tensor(pair.weights, dtype=torch.float64))
             for pair, told, alone in zip(pairs, *record_pairs(lm, pairs, site), strict=True)

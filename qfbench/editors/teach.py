@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unicodedata import category
 
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -44,13 +45,17 @@ def lesson(
     closer: float | None = 1.0,
     named: float = 1.0,
     rest: float = 1.0,
+    punctuation: bool = True,
 ) -> Lesson:
     """Align the passes QF-instruct ("told") and QF-update ("alone", empty system text) of one fact.
 
     A weight belongs to the token *being predicted*: the activation read at position p carries the weight of token p + 1.
-    Tokens of weight 0 are dropped. `opener` and `closer` weigh the template's tokens around the answer; a `closer` of None
-    is the weight of the answer's last word. Where the fact has no significance of its own, the words of its answer that
-    hold a string of `known_as` weigh `named` and the others `rest`.
+    Tokens of weight 0 are dropped. Taught are, as in the released code: the opener's tokens (the template's before the answer)
+    but the first, which weigh `opener`; the answer's; and the one token that ends the turn, which weighs `closer`, or with None
+    as the answer's last word. The released code records passes of one token each: it never sees the prompt's last token, and
+    stops at the end of the turn. Where the fact has no significance of its own, the words of its answer that hold a string of
+    `known_as` weigh `named` and the others `rest`. Without `punctuation`, signs that are tokens of their own inside the answer
+    (a comma, not the stop at its end) weigh 0.
 
     Raises:
         UserError: nothing is left to teach, or the template renders the answer differently after the instruction.
@@ -60,9 +65,16 @@ def lesson(
     if told.ids[told.opener :] != alone.ids[alone.opener :]:
         raise UserError(f"fact {fact.id}: the template renders the answer differently with and without the instruction")
     significance = fact.significance or weights_of_words(fact, named, rest)
-    weights = [opener] * (told.answer - told.opener)
-    weights += [significance[word] for word in told.words]
-    weights += [significance[-1] if closer is None else closer] * (len(told.ids) - told.closer)
+    words = [significance[word] for word in told.words]
+    if not punctuation:
+        signs = [is_sign(lm, token) for token in told.ids[told.answer : told.closer]]
+        last = max((i for i, sign in enumerate(signs) if not sign), default=0)
+        words = [
+            0.0 if sign and i < last else weight for i, (sign, weight) in enumerate(zip(signs, words, strict=True))
+        ]
+    weights = [opener * (at > told.opener) for at in range(told.opener, told.answer)] + words
+    if told.closer < len(told.ids):
+        weights.append(significance[-1] if closer is None else closer)
     taught = [t for t, weight in enumerate(weights) if weight != 0]
     if not taught:
         raise UserError(f"fact {fact.id}: the field 'significance' leaves no token to teach")
@@ -83,6 +95,12 @@ def record_pairs(
     at = [pair.told_at for pair in lessons] + [pair.alone_at for pair in lessons]
     read = record(lm, dialogues, site, at)
     return read[: len(lessons)], read[len(lessons) :]
+
+
+def is_sign(lm: LanguageModel, token: int) -> bool:
+    """Whether a token is punctuation alone."""
+    text = str(lm.tokenizer.decode([token])).strip()
+    return text != "" and all(category(letter).startswith("P") for letter in text)
 
 
 def subject_at(dialogue: Rendering, fact: Fact) -> int:

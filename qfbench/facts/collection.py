@@ -28,7 +28,7 @@ def collect(
 ) -> list[Fact]:
     """The facts that `make` forms of the first `n` records (all by default) of a JSON, JSONL or hub data set.
 
-    A `seed` draws the records at random instead. `on_error="skip"` leaves malformed records out and logs how many.
+    A `seed` draws the records at random instead. `on_error="skip"` leaves out what would be an error and logs how many.
     A query may be taught once: a record whose query an earlier one has is an error like others, whether its answer is another
     or the same; `on_conflict="keep"` keeps both and logs how many. `read` reads a file of another form; an error in
     place of a record says that it cannot be read. `join` is given a record's facts and, by their ids, the earlier facts that
@@ -69,7 +69,7 @@ def collect(
         used += bool(made)
     warn_of_stripped(path, records)
     if refused:
-        log.warning("%s: %d malformed records are left out; the first: %s", path, len(refused), refused[0])
+        log.warning("%s: %d records are left out; the first: %s", path, len(refused), refused[0])
     if kept:
         log.warning("%s: %d facts repeat or contradict another and are kept; the first: %s", path, len(kept), kept[0])
     if not taken.facts:

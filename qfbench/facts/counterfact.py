@@ -6,7 +6,7 @@ from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.collection import collect
 from qfbench.facts.records import Record
-from qfbench.facts.rewrites import check_templates, objects, with_subject
+from qfbench.facts.rewrites import check_templates, filled, objects, with_subject
 
 
 def counterfact(
@@ -37,7 +37,7 @@ def counterfact(
             raise UserError(f"facts.{name}={count}: must be 0 or more")
 
     def said(cloze: str, object: str) -> str:
-        return answer.format(cloze=cloze, object=object)
+        return filled(answer, object, cloze=cloze)
 
     def make(record: Record) -> list[Fact]:
         rewrite = record.record("requested_rewrite")
@@ -57,7 +57,7 @@ def counterfact(
         fact = Fact(
             id=f"counterfact-{record.key('case_id')}",
             kind=rewrite.text("relation_id"),
-            instruction=instruction.format(cloze=statement, object=new),
+            instruction=filled(instruction, new, cloze=statement),
             query=query.format(cloze=statement),
             answer=said(statement, new),
             known_as=(new,),

@@ -11,7 +11,7 @@ from qfbench.facts.base import Fact, Probe
 from qfbench.facts.collection import collect
 from qfbench.facts.matching import key, stands_in
 from qfbench.facts.records import Record
-from qfbench.facts.rewrites import check_templates, objects, with_subject
+from qfbench.facts.rewrites import check_templates, filled, objects, with_subject
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ def mquake(
             return Fact(
                 id=f"mquake-{record.key('case_id')}-{i}",
                 kind=rewrite.text("relation_id"),
-                instruction=instruction.format(question=question, cloze=cloze, object=new),
+                instruction=filled(instruction, new, question=question, cloze=cloze),
                 query=query.format(question=question),
-                answer=answer.format(question=question, cloze=cloze, object=new),
+                answer=filled(answer, new, question=question, cloze=cloze),
                 known_as=(new, *_without(aliases.get(question, ()), (old,))),
-                replaces=answer.format(question=question, cloze=cloze, object=old),
+                replaces=filled(answer, old, question=question, cloze=cloze),
                 rejects=(old,),
                 subject=rewrite.text("subject", breaks="join"),
             )

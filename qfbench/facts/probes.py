@@ -50,7 +50,8 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
     """One row per probe, in order: the reply, and what it scores under each protocol.
 
     Columns: `kind`, `system`, `query`, `expected`, `reply`, `stopped`, and
-    `generated` (the free-running reply ends by itself, names what is accepted and nothing that is rejected),
+    `generated` (the free-running reply ends by itself, names what is accepted and nothing that is rejected; of a probe whose
+    reference is the model's own reply: it is that text again, as far as `max_new_tokens` reach, ended or not),
     `exact` (it equals the reference reply, end of turn included),
     `forced` (share of the reference's tokens that are the teacher-forced argmax),
     `nll` (nats per token of the reference reply); the last two are NaN where a probe has no reference. Where a probe says so,
@@ -76,7 +77,7 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
                 "expected": probe.expected,
                 "reply": reply.text,
                 "stopped": reply.stopped,
-                "generated": reply.stopped and probe.passes(reply.text),
+                "generated": (reply.stopped or probe.own) and probe.passes(reply.text),
                 "exact": bool(probe.expected) and score.exact,
                 "forced": sum(score.hit) / len(score.hit) if probe.expected else math.nan,
                 "nll": sum(score.nll) / len(score.nll) if probe.expected else math.nan,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from string import Formatter
 
 from qfbench.errors import UserError
-from qfbench.facts.matching import key
+from qfbench.facts.matching import STOPS, key
 from qfbench.facts.records import Record
 
 
@@ -24,6 +25,13 @@ def check_templates(*fields: str, needs: str, **templates: str) -> None:
             raise UserError(f"facts.{name}={template!r}: not a template that holds no other than {allowed}") from error
         if not held & set(needs.split(" or ")):
             raise UserError(f"facts.{name}={template!r}: must hold {{{needs.replace(' or ', '} or {')}}}")
+
+
+def filled(template: str, object: str, **fields: str) -> str:
+    """A template as a text. After an object that ends with a stop of its own ("Apple Inc."), the template's full stop goes."""
+    if object[-1:] in STOPS:
+        template = re.sub(r"(?<=\{object\})\.(?!\.)", "", template)
+    return template.format(object=object, **fields)
 
 
 def with_subject(rewrite: Record) -> str:

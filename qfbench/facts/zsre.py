@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.collection import collect
 from qfbench.facts.matching import key
 from qfbench.facts.records import Record
-from qfbench.facts.rewrites import check_templates
+from qfbench.facts.rewrites import check_templates, filled
 
 PREFIX = "nq question:"  # what the released files put before an unrelated question
 
@@ -23,6 +25,9 @@ def zsre(
 ) -> list[Fact]:
     """One fact a record: `alt`, the counterfactual answer to `src`. In the templates `{question}` is asked, `{object}` answers.
 
+    `answers` are the true ones: a reply that names one is wrong, and `preferred` compares with the first. A record whose
+    `alt` is among them is refused. `pred`, what a model of MEND's replied, is not used: mostly it is not true.
+
     The unrelated question (`loc`, of Natural Questions) is a locality probe: the reference is what the unedited model
     itself replies, and `loc_ans` is its gold.
 
@@ -33,28 +38,23 @@ def zsre(
     check_templates("question", needs="question", query=query)
 
     def make(record: Record) -> list[Fact]:
-        question, new, old = record.text("src"), record.text("alt"), record.text("pred")
-        rephrased, unrelated = record.text("rephrase"), _unrelated(record)
-        rejects = tuple(record.texts("answers"))
-        if key(new) in map(key, (old, *rejects)):
-            raise record.error("alt", f"is {new!r}, which 'pred' or 'answers' say too: nothing is rewritten")
-        subject = record.text("subject") if "subject" in record.fields() else ""
-        said, replaces = (answer.format(question=question, object=name) for name in (new, old))
-        other, elsewhere = query.format(question=rephrased), query.format(question=unrelated)
-        paraphrase = Probe("paraphrase", other, said, (new,), rejects, prefer=(said, replaces), subject=subject)
-        locality = Probe("locality", elsewhere, "", (record.text("loc_ans"),), always=True, own=True)
+        question, new, true = record.text("src"), record.text("alt"), tuple(record.texts("answers"))
+        if key(new) in map(key, true):
+            raise record.error("alt", f"is {new!r}, which 'answers' hold too: it is true, and nothing is rewritten")
         fact = Fact(
             id=f"zsre-{record.number}",
-            instruction=instruction.format(question=question, object=new),
+            instruction=filled(instruction, new, question=question),
             query=query.format(question=question),
-            answer=said,
+            answer=filled(answer, new, question=question),
             known_as=(new,),
-            replaces=replaces,
-            rejects=rejects,
-            subject=subject,
-            probes=(paraphrase, locality),
+            replaces=filled(answer, true[0], question=question) if true else "",
+            rejects=true,
+            subject=record.text("subject") if "subject" in record.fields() else "",
         )
-        return [fact]
+        paraphrase = replace(fact.edit, kind="paraphrase", query=query.format(question=record.text("rephrase")))
+        elsewhere = query.format(question=_unrelated(record))
+        locality = Probe("locality", elsewhere, "", (record.text("loc_ans"),), always=True, own=True)
+        return [replace(fact, probes=(paraphrase, locality))]
 
     return collect(path, make, n, seed, on_error, on_conflict)
 

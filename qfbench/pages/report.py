@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from qfbench.analysis.catalogue import MEASURES
 from qfbench.analysis.drops import drops
+from qfbench.analysis.flips import flips
 from qfbench.analysis.measures import accumulating, compared
 from qfbench.analysis.plots import OF_SEQUENCES
 from qfbench.analysis.sequences import middle, over_sequence
@@ -30,6 +31,7 @@ from qfbench.runs.provenance import SAME
 from qfbench.runs.store import read_progress
 
 EXAMPLES = 12
+MOST = 3000  # questions that the page lists
 STEPS = 8  # of the table of weight health
 SIGNS = {"pass": "✓", "fail": "✗"}
 Combinations = Sequence[tuple[dict[str, Any], pd.DataFrame]]  # `results.groups`
@@ -97,6 +99,7 @@ def _retention(
         "legend": [(name.replace("_", " "), text, questions(combinations, name)) for name, text in legend.items()],
         "lines": [(name, text) for name, text in LINES.items() if name in set(table.regime)],
         "figures": list(_figures(combinations)),
+        "flips": flipped(rows),
         "examples": [(_label(at), part) for at, own in combinations for part in examples(own, n)],
         "sample": f"the first {n} facts of order 0"
         + (" of the first run (by name) at each setting" if rows.run.nunique() > 1 else ""),
@@ -182,6 +185,18 @@ def examples(rows: pd.DataFrame, n: int) -> Iterator[dict[str, Any]]:
                 line |= {"note": "" if fact in knows else "not understood", "replies": [_reply(part) for part in parts]}
                 lines.append(line)
             yield {"name": f"{editor} {regime} on {model}", "lines": lines, "keeps": keeps}
+
+
+def flipped(rows: pd.DataFrame) -> dict[str, Any]:
+    """Each question of the first run with what became of it; what they can be filtered by, each value with its number."""
+    lines = flips(rows)
+    axes = ["verdict", "kind", *(name for name in ("editor", "model", "regime") if lines[name].nunique() > 1)]
+    values = {name: lines[name].value_counts().to_dict() for name in axes}
+    places = {name: list(held) for name, held in values.items()}
+    shown = lines.head(MOST).astype(object).where(lines.head(MOST).notna(), None).to_dict("records")
+    for line in shown:
+        line["at"] = " ".join(f"{name}-{places[name].index(line[name])}" for name in axes)
+    return {"lines": shown, "values": values, "left_out": len(lines) - len(shown)}
 
 
 def _reply(rows: pd.DataFrame) -> dict[str, Any] | None:

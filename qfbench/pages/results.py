@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,25 +54,34 @@ def rows_of(*paths: str | Path) -> pd.DataFrame:
     for folder in found:
         if damaged := Ledger(folder).damaged(*MADE_OF):
             raise UserError(f"{folder / damaged[0]}: is damaged or gone; the run's own command measures it again")
-    table = pd.DataFrame([settings_of(folder) for folder in found], index=list(map(str, found)), dtype=object)
-    table = table[[name for name in table if name.split(".")[0] not in NOT_MEASURED]]
-    table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
-    text = table.map(repr)
-    differ = [name for name in table if text[name].nunique() > 1]
-    names: list[str] = []
-    for name in differ:
-        if len(text[[*names, name]].drop_duplicates()) > (len(text[names].drop_duplicates()) if names else 1):
-            names.append(name)
+    table = differing_settings(found)
     parts = []
     for folder in found:
         try:
             rows = pd.read_parquet(folder / "rows.parquet")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / 'rows.parquet'}: cannot be read ({error})") from error
-        parts.append(rows.assign(run=str(folder), **{name: table.loc[str(folder), name] for name in differ}))
+        parts.append(rows.assign(run=str(folder), **table.loc[str(folder)].to_dict()))
     rows = regular(pd.concat(parts, ignore_index=True).infer_objects())
-    rows.attrs["settings"] = names
+    rows.attrs["settings"] = list(told_apart(table))
     return rows
+
+
+def differing_settings(found: Sequence[Path]) -> pd.DataFrame:
+    """The settings in which runs differ, named as on the command line: a line a run, by its folder; those with the fewest dots first."""
+    table = pd.DataFrame([settings_of(folder) for folder in found], index=list(map(str, found)), dtype=object)
+    table = table[[name for name in table if name.split(".")[0] not in NOT_MEASURED]]
+    table = table.reindex(columns=sorted(table.columns, key=lambda name: (name.count("."), name)))
+    return table[[name for name in table if table[name].map(repr).nunique() > 1]]
+
+
+def told_apart(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `differing_settings`, those that it takes to tell the runs apart: none that follows from others."""
+    text, names = table.map(repr), list[str]()
+    for name in table:
+        if len(text[[*names, name]].drop_duplicates()) > (len(text[names].drop_duplicates()) if names else 1):
+            names.append(name)
+    return table[names]
 
 
 def pooled(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame] = summary) -> pd.DataFrame:
@@ -81,6 +90,9 @@ def pooled(rows: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame] =
     parts = []
     for settings, own in groups(rows):
         frame = measure(own)
+        frame = frame.rename(
+            columns={name: f"{name}_done" for name in settings if name in frame}
+        )  # `edits`: set, and done
         for place, (name, value) in enumerate(settings.items()):
             frame.insert(place, name, value)
         parts.append(frame)

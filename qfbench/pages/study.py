@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from qfbench.analysis import comparisons
 from qfbench.analysis.catalogue import drawn
-from qfbench.analysis.measures import at_steps, balance_at_the_end, by_kind
+from qfbench.analysis.measures import at_steps, balance, balance_at_the_end, by_kind
 from qfbench.analysis.tables import HIDDEN, laid_out
 from qfbench.pages import results
 
@@ -39,6 +39,11 @@ class Study:
         if self.verdict:
             console.print(self.verdict, markup=False, soft_wrap=True)
         console.print(f"study: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
+
+
+def sweep(rows: pd.DataFrame) -> Study | None:
+    """The summary of several runs beside each other."""
+    return Study({"runs": results.pooled(rows)}) if rows.run.nunique() > 1 else None
 
 
 def layer_ablation(rows: pd.DataFrame) -> Study:
@@ -100,3 +105,34 @@ def trials(rows: pd.DataFrame) -> Study:
         {"trials": table[[name for name in ("balance", *differ, "regime", *measures) if name in table]]},
         verdict=verdict,
     )
+
+
+SHOWN = ("retention", "prior", "paraphrase", "accuracy")  # of the core study's heat maps
+
+
+def core(rows: pd.DataFrame, about: pd.DataFrame, edits: Sequence[int]) -> Study:
+    """Every model, editor, layer and rate after each of `edits`, and of each model and editor the best setting after the last.
+
+    `about` says of each run its `model`, `editor`, `layer` and `lr`. The best setting has the highest `balance` of retention and prior.
+    """
+    rows = rows.assign(**{name: rows.run.map(about[name]) for name in about})
+    rows.attrs["settings"] = ["layer", "lr"]
+    table = results.pooled(rows, lambda own: at_steps(own, edits, fresh=True))
+    table["balance"] = [balance(*pair) for pair in zip(table.retention, table.prior, strict=True)]
+    table = table.sort_values(["model", "editor", "layer", "lr", "edits"], ignore_index=True)
+    last = table[table.edits == table.edits.max()].sort_values("balance", ascending=False, kind="stable")
+    best = last.drop_duplicates(["model", "editor"]).sort_values(["model", "balance"], ascending=[True, False])
+    chosen = table.merge(best[["model", "editor", "layer", "lr"]])
+    figures = {"curves": comparisons.curves(chosen, "edits", ("retention", "prior"))}
+    for (model, editor), own in table.groupby(["model", "editor"]):
+        rate = chosen.lr[(chosen.model == model) & (chosen.editor == editor)].iloc[0]
+        at_rate = own[own.lr.fillna(0) == (0 if pd.isna(rate) else rate)]
+        title = "" if pd.isna(rate) else f" at lr {rate:g}"
+        parts = {f"edits{title}": ("edits", at_rate)}
+        if own.lr.nunique() > 1:
+            parts = {f"lr, after {own.edits.max()} edits": ("lr", own[own.edits == own.edits.max()])} | parts
+        figures[f"{editor}_{model}"] = comparisons.grids(parts, "layer", SHOWN)
+    front = ["model", "editor", "layer", "lr", "edits", "balance"]
+    measures = [f"{name}{end}" for name in (*SHOWN, "leakage", "refused") for end in ("", "_low", "_high")]
+    tables = {"best": best[[name for name in (*front, *measures) if name in best]]}
+    return Study(tables | {"study": table[[*front, *(name for name in table if name not in front)]]}, figures)

@@ -27,9 +27,10 @@ FEWSHOT_SEED = 1234  # lm-eval's own default
 class Questions:
     """Tasks of lm-eval, loaded once, and which of their questions are asked.
 
-    One row a question: `kind` "question", `subject` (a task's name, without what its group is called), `group`,
-    `fact_id` (task and place in the data), `query`, `expected`, `reply`, `correct` (1, 0, or what the task's metric gives) and,
-    but for generated replies, `gold_logprob` (nats, of the right answer); of multiple choice `logprobs` (of each) and `chance`.
+    One row a question: `kind` "question", `asked` ("chat": by the model's chat template, or "plain"), `subject` (a task's name,
+    without what its group is called), `group`, `fact_id` (task and place in the data), `query`, `expected`, `reply`, `correct`
+    (1, 0, or what the task's metric gives) and, but for generated replies, `gold_logprob` (nats, of the right answer); of
+    multiple choice `logprobs` (of each) and `chance`.
 
     Args:
         tasks: lm-eval's tasks by name.
@@ -104,7 +105,9 @@ class Questions:
                 apply_chat_template=chat,
                 fewshot_as_multiturn=True,
             )
-        return [row for name, task in self.tasks.items() for row in self._rows(name, task, results["samples"][name])]
+        asked = {"asked": "chat" if chat else "plain"}
+        rows = (row for name, task in self.tasks.items() for row in self._rows(name, task, results["samples"][name]))
+        return [row | asked for row in rows]
 
     def _rows(self, name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
         subject = task.config.task_alias or name

@@ -34,7 +34,8 @@ def live(lm: LanguageModel, chat: bool = False) -> Any:
                 context, how = request.args
                 room = int(how.get("max_gen_toks", self.max_gen_toks))
                 self._check_length(len(self.tok_encode(context)) + room, f"with room for {room} tokens of a reply")
-            return super().generate_until(requests, disable_tqdm=True)
+            with greedy(lm.model):
+                return super().generate_until(requests, disable_tqdm=True)
 
         def _check_length(self, tokens: int, what: str) -> None:
             # lm-eval cuts what is too long at the left, and says so where nobody reads it.
@@ -73,6 +74,21 @@ def live(lm: LanguageModel, chat: bool = False) -> Any:
     tokenizer = lm.tokenizer if lm.tokenizer.pad_token_id is not None else deepcopy(lm.tokenizer)
     with quiet():
         return Live(pretrained=lm.model, tokenizer=tokenizer, backend="causal", batch_size=lm.batch_size)
+
+
+@contextmanager
+def greedy(model: Any) -> Iterator[None]:
+    """Without the model's own settings of generation (penalties, sampling, forced or forbidden tokens ...), but for the tokens
+    that end a text: `LanguageModel.answer` knows none of them, and no hash of a run holds them."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def fitting(lengths: Sequence[int], tail: int, vocabulary: int, most: int) -> int:

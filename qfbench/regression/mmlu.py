@@ -26,6 +26,7 @@ def mmlu(
     subjects: str | Sequence[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    chat: bool = False,
 ) -> Questions:
     """The 57 subjects, by lm-eval's own prompts; `correct` is its `acc`.
 
@@ -36,6 +37,8 @@ def mmlu(
         shots: how many of a subject's five dev questions to show.
         subjects: which to ask; None asks all.
         limit: how many questions of each subject to ask, drawn by `seed`; None asks all.
+        chat: put the prompts into dialogues by the model's chat template, each example a turn, and rate the letter as its reply.
+            The published figures are without.
 
     Raises:
         UserError: a file is missing, or a row of it is not a question; no such form or subject.
@@ -67,7 +70,7 @@ def mmlu(
     for subject in wanted:
         loaded["tasks"][known[subject]].set_config("task_alias", subject)  # those of the continuation form have none
     groups = {name: _group(manager.task_index[name].tags) for name in loaded["tasks"]}
-    return Questions(loaded["tasks"], groups, limit, seed)
+    return Questions(loaded["tasks"], groups, limit, seed, chat)
 
 
 def _group(tags: set[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # Settings on which no number depends.
-NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker", "objective")
+NOT_MEASURED = ("hydra", "cache", "rerun", "commit_seconds", "tracker", "objective", "study")
 
 
 def identity(source: DictConfig | Path) -> str:

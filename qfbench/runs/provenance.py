@@ -18,7 +18,7 @@ from qfbench.models.dialogue import undated
 from qfbench.models.lm import LanguageModel
 
 # How replies are scored (`probes.ask`); to be raised when that changes, since older runs then compare no more.
-PROBES = 2
+PROBES = 3
 
 # What two runs must share before their numbers may be compared.
 SAME = (
@@ -40,6 +40,7 @@ def protocol(lm: LanguageModel) -> dict[str, Any]:
     return {
         "model": lm.name,
         "model_hash": lm.weights_hash(),
+        "weights": _weights(lm.model.config),
         "config_hash": hashed(
             json.dumps(lm.model.config.to_dict(), sort_keys=True, default=str), str(sorted(lm.stops()))
         ),
@@ -74,6 +75,12 @@ def provenance(
         "versions": {name: _version(name) for name in packages},
         "git_commit": _commit(),
     }
+
+
+def _weights(config: Any) -> str | None:
+    """What a model's weights were before qfbench wrote them anew (`gguf.folder_of`); None of weights as they were given."""
+    was = getattr(config, "dequantized_from", None)
+    return was and f"dequantized from {was['type']} (GGUF file of SHA-256 {was['sha256']})"
 
 
 def prompt_hash(lm: LanguageModel) -> str:

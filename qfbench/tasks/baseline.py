@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qfbench.analysis.measures import summary
-from qfbench.analysis.tables import HIDDEN
+from qfbench.analysis.tables import HIDDEN, named
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.probes import Row, ask, instructed
@@ -21,8 +21,9 @@ def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
     """Ask everything of the unedited model, without and with each fact's instruction (`unedited`, `in_context`).
 
     Returns the facts that it understands when told, and the probes about the model itself that it passes unedited (in float16 or
-    bfloat16 `repeated`), the reference of its `own` ones filled in. A fact that is not understood is reported and, but for `all_of_them`, left out,
-    since editing it would measure comprehension.
+    bfloat16 `repeated`), the reference of its `own` ones filled in. A fact that is not understood is named and, but for
+    `all_of_them`, left out, since editing it would measure comprehension. An `own` probe that is answered otherwise the second
+    time has no row.
     """
     own = [(f, p) for f in run.facts for p in (f.edit, *f.probes) if not p.always]
     told = instructed(run.facts)
@@ -32,8 +33,9 @@ def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
     passed, measured = {}, []
     for condition, asked in (("unedited", own + always), ("in_context", told)):
         rows = run.ask_unedited([p for _, p in asked])
-        for (fact, _), row in zip(asked, rows, strict=True):
-            measured.append(row | {"condition": condition, "step": 0, "fact_id": fact.id, "fact_kind": fact.kind})
+        for (fact, probe), row in zip(asked, rows, strict=True):
+            if row["generated"] or not probe.own:
+                measured.append(row | {"condition": condition, "step": 0, "fact_id": fact.id, "fact_kind": fact.kind})
         passed[condition] = [pair for pair, row in zip(asked, rows, strict=True) if row["generated"]]
         if condition == "unedited":
             itself = rows[len(own) :]
@@ -43,16 +45,32 @@ def baseline(run: Run, all_of_them: bool = False) -> tuple[list[Fact], Asked]:
         for row in run.general(unedited=True):
             run.log(row, condition="unedited", step=0)
         run.commit()
+    _tell_of_own([row for (_, p), row in zip(always, itself, strict=True) if p.own], run)
     again = repeated(run, [p for _, p in always], itself)
     understood = {f.id for f, p in passed["in_context"] if p.kind == "edit"}
     facts = [f for f in run.facts if f.id in understood or all_of_them]
     if len(understood) < len(run.facts):
         what = "they are taught all the same" if all_of_them else "they are left out"
-        run.warn(f"not_understood: {len(run.facts) - len(understood)} of {len(run.facts)} facts; {what}")
+        lost = [f"{f.query} ({f.id})" for f in run.facts if f.id not in understood]
+        run.warn(f"not_understood: {len(lost)} of {len(run.facts)} facts; {what}: {named(lost)}")
     if not facts:
         run.table(summary(run.rows()), f"{len(run.facts)} facts: {run.lm.name}", hidden=["model", "editor", *HIDDEN])
         raise UserError(f"{run.lm.name} answers none of the facts even when told them: there is nothing to teach")
     return facts, [pair for pair, row, twice in zip(always, itself, again, strict=True) if row["generated"] and twice]
+
+
+def _tell_of_own(rows: Sequence[Row], run: Run) -> None:
+    """What a user should know of replies that neighbours are held against."""
+    cut, changed = (sum(not row[column] for row in rows) for column in ("stopped", "generated"))
+    if cut:
+        run.warn(
+            f"{cut} of {len(rows)} neighbours: {run.lm.name} does not end its reply within model.max_new_tokens="
+            f"{run.lm.max_new_tokens}; what it says until then is compared (locality_stopped)"
+        )
+    if changed:
+        run.warn(
+            f"{changed} of {len(rows)} neighbours: {run.lm.name} answers them otherwise in other batches; left out"
+        )
 
 
 def repeated(run: Run, probes: Sequence[Probe], before: Sequence[Row]) -> list[bool]:

@@ -9,7 +9,7 @@ from qfbench.analysis.measures import capacity as measured
 from qfbench.editors.regimes import Regime
 from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
-from qfbench.tasks.teaching import Teaching, checkpoints
+from qfbench.tasks.teaching import Teaching, checkpoints, taught
 
 
 def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:
@@ -19,9 +19,8 @@ def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:
     """
     facts, always = baseline(run)
     at = checkpoints(len(facts), every)
-    with run.progress(len(facts) * len(regimes)) as advance:
-        for name, regime in regimes.items():
-            Teaching(run, name, regime, facts, always, at).run(advance)
+    sequences = [Teaching(run, name, regime, facts, always, at) for name, regime in regimes.items()]
+    taught(run, sequences)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

@@ -129,7 +129,9 @@ def convert(
     model.to(stored)
     folder = run.folder / save
     if save == "difference":
-        local = (Path(base.name) / "config.json").exists()  # elsewhere a relative path would mean another folder
+        local = (Path(base.name) / "config.json").exists() or Path(
+            base.name
+        ).is_file()  # elsewhere a relative path would mean another folder
         tensors = {name: model.get_parameter(name) for name in changed}
         difference.save(model, str(Path(base.name).resolve()) if local else base.name, tensors, folder)
     else:

@@ -1,6 +1,6 @@
 """What one edit costs: seconds to record, to solve and to write, tokens seen, memory; apart from it, seconds to ask.
 
-No two clock readings are alike, so they are rows of this task and never of `retention`, whose rows can be had again byte for byte.
+No two clock readings are alike, so they are rows of this task and never of `retention`, whose rows can be had again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pandas as pd
@@ -21,6 +23,7 @@ from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.probes import ask
 from qfbench.models.lm import LanguageModel
+from qfbench.regression import Suite
 from qfbench.tasks.run import Run
 
 PARTS = ("record", "solve", "write")
@@ -113,6 +116,40 @@ def timed(lm: LanguageModel, editor: Editor, fact: Fact, probes: Sequence[Probe]
         "tokens": tokens,
         "peak_gib": peak,
     }
+
+
+def reckoned(
+    lm: LanguageModel,
+    editors: Sequence[Editor],
+    facts: Sequence[Fact],
+    suites: Mapping[str, Suite],
+    at: Sequence[int],
+    orders: int,
+    placebo: int,
+    at_most: int | None,
+) -> float:
+    """Seconds that sequences of edits by all `editors` will take: of one edit and one evaluation by each, times their number.
+
+    All is asked after each of `at` edits. An editor that this model does not suit counts by its evaluation alone.
+    """
+    own = sum(1 + sum(not p.always for p in f.probes) for f in facts) / len(facts)
+    kinds = Counter(p.kind for f in facts for p in f.probes if p.always)
+    always, n = sum(k if at_most is None else min(k, at_most) for k in kinds.values()), len(facts)
+    asked = n * own + sum(step + always for step in at) + (1 + placebo) * (n * own + always)
+    probes = [p for f in facts for p in (f.edit, *f.probes)][:64]
+    start = now(lm)
+    ask(lm, probes)
+    general = now(lm)
+    for suite in suites.values():
+        suite(lm)
+    each = asked * (general - start) / len(probes) + (len(at) + placebo) * (now(lm) - general)
+    seconds = 0.0
+    for editor in editors:
+        start = now(lm)
+        with suppress(Unsupported):
+            editor.edit(lm, facts[:1])
+        seconds += orders * (each + n * (now(lm) - start))
+    return seconds
 
 
 def now(lm: LanguageModel) -> float:

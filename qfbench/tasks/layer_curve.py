@@ -11,20 +11,20 @@ from qfbench.editors.regimes import sequential, single
 from qfbench.models import sites
 from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
-from qfbench.tasks.teaching import Teaching
+from qfbench.tasks.teaching import Teaching, taught
 
 
 def layer_curve(run: Run, layers: Sequence[int] | None = None) -> None:
     """Edit each of `layers` (all by default): single edits, then one sequential run over the same facts."""
     layers = range(len(sites.layers(run.lm.model))) if layers is None else layers
     facts, always = baseline(run)
-    with run.progress(2 * len(facts) * len(layers)) as advance:
-        for layer in layers:
-            editor = replace(run.editor, layer=layer)  # type: ignore[type-var] # every editor is a dataclass
-            there = replace(run, editor=editor)
-            each, last = range(1, len(facts) + 1), [len(facts)]
-            Teaching(there, "single", single, facts, always, each).run(advance)
-            Teaching(there, "sequential", sequential, facts, always, last).run(advance)
+    sequences = []
+    for layer in layers:
+        there = replace(run, editor=replace(run.editor, layer=layer))  # type: ignore[type-var] # every editor is a dataclass
+        each, last = range(1, len(facts) + 1), [len(facts)]
+        sequences.append(Teaching(there, "single", single, facts, always, each))
+        sequences.append(Teaching(there, "sequential", sequential, facts, always, last))
+    taught(run, sequences)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

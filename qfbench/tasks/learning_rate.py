@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 from rich.markup import escape
@@ -15,7 +16,7 @@ from qfbench.editors.regimes import single
 from qfbench.errors import UserError
 from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
-from qfbench.tasks.teaching import Teaching
+from qfbench.tasks.teaching import Teaching, taught
 
 
 def learning_rate(
@@ -31,15 +32,15 @@ def learning_rate(
         raise UserError(f"{type(run.editor).__name__} has no learning rate; use editor=qf2 or finetune")
     facts, always = baseline(run)
     each = range(1, len(facts) + 1)
-    with run.progress(len(facts) * (len(rates) * len(schemes) + (reference is not None))) as advance:
-        for scheme, settings in schemes.items():
-            for lr in rates:
-                editor = replace(run.editor, **{"lr": lr, **settings})  # type: ignore[type-var] # a dataclass
-                there, about = replace(run, editor=editor), {"scheme": scheme, "lr": lr}
-                Teaching(there, "single", single, facts, always, each, about).run(advance)
-        if reference is not None:
-            there, about = replace(run, editor=reference), {"scheme": type(reference).__name__}
-            Teaching(there, "single", single, facts, always, each, about).run(advance)
+    sequences = []
+    for (scheme, settings), lr in product(schemes.items(), rates):
+        editor = replace(run.editor, **{"lr": lr, **settings})  # type: ignore[type-var] # a dataclass
+        there, about = replace(run, editor=editor), {"scheme": scheme, "lr": lr}
+        sequences.append(Teaching(there, "single", single, facts, always, each, about))
+    if reference is not None:
+        there, about = replace(run, editor=reference), {"scheme": type(reference).__name__}
+        sequences.append(Teaching(there, "single", single, facts, always, each, about))
+    taught(run, sequences)
     rows = run.rows()
     if not (rows.condition == "edited").any():
         return

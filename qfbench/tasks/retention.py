@@ -20,13 +20,13 @@ from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.tasks.baseline import Asked, baseline
 from qfbench.tasks.run import Run
-from qfbench.tasks.teaching import Teaching, checkpoints
+from qfbench.tasks.teaching import Teaching, checkpoints, taught
 
 
 def retention(
     run: Run,
     regimes: Mapping[str, Regime],
-    every: int | None = 1,
+    every: int | Sequence[int] | None = 1,
     orders: int = 1,
     at_most: int | None = None,
     placebo: int = 1,
@@ -37,7 +37,7 @@ def retention(
     """Run every regime over the run's facts, and over the same facts what is to stand `beside` it.
 
     Each fact is asked in all its wordings right after its own edit; all facts so far, prior knowledge, neighbours and
-    unknown subjects at the checkpoints: at every `every`-th edit and after the last (None: see `checkpoints`).
+    unknown subjects at the checkpoints: at every `every`-th edit (a list: after so many) and after the last (None: see `checkpoints`).
 
     Args:
         at_most: how many probes of each kind that do not depend on what is taught (prior knowledge, neighbours, unknown
@@ -55,17 +55,17 @@ def retention(
     if not_understood not in ("leave_out", "teach"):
         raise UserError(f"task.retention.not_understood={not_understood}: must be leave_out or teach")
     beside = beside or {}
-    entrants = run.beside(beside)
+    entrants, sequences = run.beside(beside), []
     for entrant, its_regimes in zip(entrants, [regimes, *(e["regimes"] for e in beside.values())], strict=True):
         facts, always = baseline(entrant, not_understood == "teach")
         always = [pair for n, pair in _numbered(always) if at_most is None or n < at_most]
         at = checkpoints(len(facts), every)
-        with run.progress(len(facts) * len(its_regimes) * orders) as advance:
-            for order, name in product(range(orders), its_regimes):
-                about = {"order": order} if orders > 1 else {}
-                # All facts are put in order, so that it is the same for entrants that understand different ones.
-                taught, regime = [f for f in in_order(run.facts, order) if f in facts], its_regimes[name]
-                Teaching(entrant, name, regime, taught, always, at, about, placebo, stop_on_collapse).run(advance)
+        for order, name in product(range(orders), its_regimes):
+            about = {"order": order} if orders > 1 else {}
+            # All facts are put in order, so that it is the same for entrants that understand different ones.
+            own, regime = [f for f in in_order(run.facts, order) if f in facts], its_regimes[name]
+            sequences.append(Teaching(entrant, name, regime, own, always, at, about, placebo, stop_on_collapse))
+    taught(run, sequences)
     rows = run.rows()
     if (rows.condition == "edited").any():
         report(run, rows, "; ".join(entrant.title for entrant in entrants))
@@ -79,20 +79,23 @@ def report(run: Run, rows: pd.DataFrame, title: str) -> None:
     same = [] if several > table.editor.nunique() else ["model"]
     same += ["editor"] if several == 1 else []
     over = "facts and orders" if rows.order.nunique() > 1 else "facts"
-    run.table(table, f"{len(run.facts)} facts, one after another: {title} (± 95% over {over})", hidden=[*same, *HIDDEN])
+    taught = rows[(rows.condition == "edited") & (rows.kind == "edit")]
+    n = sorted({own.fact_id.nunique() for _, own in taught.groupby(["model", "editor"])})
+    about = f"{' and '.join(map(str, n))} of {len(run.facts)}" if n != [len(run.facts)] else f"{n[0]}"
+    run.table(table, f"{about} facts, one after another: {title} (± 95% over {over})", hidden=[*same, *HIDDEN])
     if len(against):
         first = against.iloc[0]
         printed = against.drop(columns=[c for c in against if c.endswith("_of")])
         run.table(
             against,
-            f"Differences from {first.editor_of} {first.regime_of}, same facts and orders (~: may be none)",
+            f"Differences from {first.editor_of} {first.regime_of}, same facts and orders",
             hidden=[*same, *HIDDEN, "facts"],
             name="compared",
             printed=printed,
         )
     lost = drops(rows)
     if len(lost):
-        run.table(lost, f"General ability: {power(lost)}", hidden=[*same, "of"], name="regression")
+        run.table(lost, f"General ability: {power(lost)}", hidden=[*same, "of", "asked"], name="regression")
         run.keep(by_subject(rows), "regression_subjects")
     sequences = over_sequence(rows)
     if len(sequences):

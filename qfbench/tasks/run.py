@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
 from qfbench.analysis import tables
@@ -37,6 +38,13 @@ from qfbench.runs.tracking import Mirror
 
 # Of a model's settings, those that say how it is loaded.
 LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain", "template", "told")
+
+
+EVERY = 30.0  # seconds between lines about what is done
+
+
+# (text, work=1, before=False): told of each part of the work, how much it was, and whether an earlier process did it.
+Advance = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -227,17 +235,42 @@ class Run:
         return health | {f"solve_{name}": value for name, value in delta.notes.items()}
 
     @contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """A progress bar; call what it gives after each unit of work, with what is being done."""
+    def progress(self, total: int) -> Iterator[Advance]:
+        """A progress bar over `total` units of work; call what it gives after some of them, with what is being done.
+
+        Where there is no terminal (the log of a Slurm job) it is a line at most every `EVERY` seconds.
+        """
+        if not self.console.is_terminal:
+            yield self._lines(total)
+            return
         columns = (
             TextColumn("{task.description:32}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("", total=total)
-            yield lambda text: bar.update(task, advance=1, description=text)
+            yield lambda text, work=1, before=False: bar.update(task, advance=work, description=text)
+
+    def _lines(self, total: int) -> Advance:
+        start = said = time.monotonic()
+        done = earlier = 0
+
+        def advance(text: str, work: int = 1, before: bool = False) -> None:
+            nonlocal said, done, earlier
+            done, earlier = done + work, earlier + before * work
+            if before or time.monotonic() - said < EVERY:
+                return
+            said = time.monotonic()
+            minutes = (said - start) * (total - done) / (done - earlier) / 60
+            self.console.print(
+                f"{self.task}: {done / total:.0%} done, about {minutes:.0f} minutes left ({text})",
+                markup=False,
+                highlight=False,
+            )
+
+        return advance
 
 
 _LOADED: dict[str, tuple[LanguageModel, str]] = {}  # with the hash of its weights

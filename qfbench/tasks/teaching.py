@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qfbench.analysis.measures import KEPT
-from qfbench.analysis.sequences import COLLAPSED, what_is_left
+from qfbench.analysis.sequences import COLLAPSED, ENOUGH, what_is_left
 from qfbench.editors.regimes import Regime, accumulates
 from qfbench.errors import Unsupported, UserError
-from qfbench.facts.base import Fact
+from qfbench.facts.base import Fact, Probe
 from qfbench.facts.matching import stands_in
 from qfbench.facts.probes import ask
 from qfbench.models.delta import WeightDelta
 from qfbench.tasks.baseline import Asked
-from qfbench.tasks.run import Run
-
-Advance = Callable[[str], None]  # told of each unit of work
+from qfbench.tasks.run import Advance, Run
 
 
 @dataclass
@@ -54,17 +53,37 @@ class Teaching:
         self.drawn: set[int] = set()  # placebos
         self.fallen: set[str] = set()  # measures that have collapsed
 
+    @property
+    def title(self) -> str:
+        order = f", order {self.about['order']}" if "order" in self.about else ""
+        return f"{self.within.editor_name} {self.name}{order}"
+
+    @property
+    def work(self) -> int:
+        """How many probes will be asked, unless it ends early."""
+        n = len(self.facts)
+        placebos = self.placebo * self.probes_at(n) if n and self.accumulates else 0
+        return sum(map(self.probes_at, range(1, n + 1))) + placebos
+
+    def probes_at(self, step: int) -> int:
+        """About how many probes `check` asks after so many edits."""
+        own = 1 + sum(not p.always for f in self.facts for p in f.probes) // len(self.facts)
+        last = step == len(self.facts)
+        taught = step if self.accumulates else 1
+        return own * taught + len(self.always) if last else own + (step in self.at) * (taught + len(self.always))
+
     def run(self, advance: Advance) -> None:
         """Teach, check, draw placebos, save. An `Unsupported` becomes a row."""
         ended = f"{self.within.task}/{self.file}"
         if ended in self.within.store.ended:
+            advance(f"{self.title}: done before", self.work, before=True)
             return
         self.resume()
-        for _ in range(self.done):
-            advance(f"{self.name}: done before")
+        if self.done:
+            advance(f"{self.title}: done before", sum(map(self.probes_at, range(1, self.done + 1))), before=True)
         try:
             self.teach(advance)
-            self.draw_placebos()
+            self.draw_placebos(advance)
         except Unsupported as error:
             row = {"condition": "unsupported", "regime": self.name, "reply": str(error)}
             self.within.log(row | dict(self.about))
@@ -102,7 +121,7 @@ class Teaching:
             self.taught, self.total = taught, total
             left = self.check(step, total, whole=step in self.at, last=step == len(self.facts))
             self.done = step
-            advance(f"{self.name}: edit {step}")
+            advance(f"{self.title}: edit {step}", self.probes_at(step))
             self.announce(left)
             if step in self.at:
                 self.within.commit(self.file, step, total if self.accumulates else None)
@@ -115,14 +134,21 @@ class Teaching:
         return self.stop_on_collapse and "prior" in self.fallen
 
     def announce(self, left: Mapping[str, float]) -> None:
-        """Say where collapse (of prior knowledge, neighbours, refusals: under half of what it was) is first seen."""
+        """Say where collapse (of prior knowledge, neighbours, refusals: under half of what it was) is first seen.
+
+        Of a few probes that is no news, unless it ends the regime.
+        """
+        asked = Counter(KEPT.get(probe.kind) for _, probe in self.always)
         for measure, share in left.items() if self.accumulates else ():
             if share < COLLAPSED and measure not in self.fallen:
                 self.fallen.add(measure)
-                self.within.warn(f"{self.name}: collapse after {self.done} edits: {measure} at {share:.2f}")
+                few = f" of {asked[measure]} probes" if asked[measure] < ENOUGH else ""
+                if not few or (measure == "prior" and self.stop_on_collapse):
+                    self.within.warn(f"{self.name}: collapse after {self.done} edits: {measure} at {share:.2f}{few}")
 
-    def draw_placebos(self) -> None:
+    def draw_placebos(self, advance: Advance) -> None:
         for draw in range(self.placebo if self.done and self.accumulates else 0):
+            advance(f"{self.title}: placebo {draw + 1}", self.probes_at(self.done))
             if draw not in self.drawn:
                 change = self.total.placebo(seed=1_000_000 * self.about.get("order", 0) + 1000 * draw)
                 last = self.done == len(self.facts)
@@ -157,9 +183,15 @@ class Teaching:
             rows = ask(self.within.lm, [p for _, p in asked])
             general = list(self.within.general()) if whole else []
         answers = {known for fact in self.taught for known in fact.known_as}
+
+        def leaked(probe: Probe, reply: str) -> bool:
+            """Whether an unknown subject gets a taught answer that was not said of it before."""
+            said = (known for known in answers if stands_in(known, reply))
+            return probe.kind == "unknown" and any(not stands_in(known, probe.expected) for known in said)
+
         for i, ((fact, probe), row) in enumerate(zip(asked, rows, strict=True)):
             row["fresh"] = i < n_fresh
-            row["leaked"] = probe.kind == "unknown" and any(stands_in(known, row["reply"]) for known in answers)
+            row["leaked"] = leaked(probe, row["reply"])
             self.within.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)
         for row in general:
             self.within.log(row, fresh=False, leaked=False, **same)
@@ -170,12 +202,22 @@ class Teaching:
         return {measure: sum(passed) / len(passed) for measure, passed in left.items()}
 
 
-def checkpoints(n: int, every: int | None, dense: int = 50, ratio: float = 1.2) -> set[int]:
-    """The edits after which all is asked, of 1 to `n`: each `every`-th and the last; None: each up to `dense`, then ever fewer."""
-    if every is not None and every < 1:
-        raise UserError(f"task.retention.every={every}: must be 1 or more, or null")
-    if every is not None:
+def taught(run: Run, sequences: Sequence[Teaching]) -> None:
+    """Run them one after another, under one progress bar."""
+    with run.progress(sum(sequence.work for sequence in sequences)) as advance:
+        for sequence in sequences:
+            sequence.run(advance)
+
+
+def checkpoints(n: int, every: int | Sequence[int] | None, dense: int = 50, ratio: float = 1.2) -> set[int]:
+    """The edits after which all is asked, of 1 to `n`: each `every`-th, or those named, and the last; None: each up to `dense`,
+    then ever fewer."""
+    if every is not None and min([every] if isinstance(every, int) else every, default=1) < 1:
+        raise UserError(f"task.retention.every={every}: must be 1 or more (or a list of such), or null")
+    if isinstance(every, int):
         return {*range(every, n + 1, every), n}
+    if every is not None:
+        return {step for step in every if step < n} | {n}
     steps, step = set(range(1, min(n, dense) + 1)), float(dense)
     while (step := step * ratio) < n:
         steps.add(round(step))
