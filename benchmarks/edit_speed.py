@@ -26,6 +26,7 @@ from qfbench.world.tokenizer import train_tokenizer
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, edited layer
 GEOMETRY = {
+    "tiny": (64, 192, 4, 4, 2, 4096, 2),  # to try a script
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, 20),
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, 23),
     "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 23),
@@ -52,8 +53,8 @@ def load(name: str, device: str, dtype: torch.dtype) -> tuple[LanguageModel, int
     return LanguageModel(model, train_tokenizer(), name), layer
 
 
-def measure(name: str, fires: bool, device: str, dtype: torch.dtype, repeat: int) -> None:
-    lm, layer = load(name, device, dtype)
+def measure(lm: LanguageModel, layer: int, fires: bool, repeat: int) -> dict[str, float]:
+    """Medians over edits, of what `qfbench.tasks.cost.timed` gives."""
     if fires:
         lm.model = with_firing_layers(lm.model, [layer])
     editor, facts = QF2(layer, lr=4e-4) if fires else QF(layer), world(repeat + 1)
@@ -61,11 +62,7 @@ def measure(name: str, fires: bool, device: str, dtype: torch.dtype, repeat: int
     before = weight.clone()
     edits = pd.DataFrame([timed(lm, editor, fact) for fact in facts][1:])
     assert torch.equal(weight, before), "the weight did not come back bit for bit"
-    parts = "  ".join(f"{part} {edits[part].median():.4f} s" for part in PARTS)
-    print(
-        f"{type(editor).__name__} {name} ({machine(lm)}, {dtype}): {parts}  {edits.tokens.median():.0f} tokens  "
-        f"peak {edits.peak_gib.max():.1f} GiB"
-    )
+    return edits.median().to_dict() | {"peak_gib": edits.peak_gib.max()}
 
 
 def main() -> None:
@@ -77,7 +74,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
     for name in args.models:
-        measure(name, args.editor == "qf2", args.device, getattr(torch, args.dtype), args.repeat)
+        lm, layer = load(name, args.device, getattr(torch, args.dtype))
+        found = measure(lm, layer, args.editor == "qf2", args.repeat)
+        parts = "  ".join(f"{part} {found[part]:.4f} s" for part in PARTS)
+        print(
+            f"{args.editor} {name} ({machine(lm)}, {args.dtype}): {parts}  {found['tokens']:.0f} tokens  "
+            f"peak {found['peak_gib']:.1f} GiB"
+        )
 
 
 if __name__ == "__main__":

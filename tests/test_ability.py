@@ -98,15 +98,15 @@ def test_tables_and_rows_hold_what_was_asked(done):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_rows(done, data, tmp_path, monkeypatch):
-    real, calls = QF.record, []
+    real, calls = QF.together, []
 
-    def killed(self, lm, fact):
+    def killed(self, lm, parts):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, lm, fact)
+        return real(self, lm, parts)
 
-    monkeypatch.setattr(QF, "record", killed)
+    monkeypatch.setattr(QF, "together", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", data, "seed=0")
     assert pd.read_parquet(tmp_path / "killed" / "rows.parquet").kind.eq("question").any()

@@ -84,7 +84,7 @@ def test_a_real_edit_is_timed_its_tokens_counted_and_its_weights_put_back():
     before, alone = lm.weights_hash(), lm.render(fact.query, "", fact.answer)
     told = lm.render(fact.query, fact.instruction, fact.answer)
     recorded = timed(lm, QF(2), fact, [fact.edit])
-    assert recorded["tokens"] == len(told.ids) + len(alone.ids)
+    assert recorded["tokens"] == 2 * len(told.ids) > len(told.ids) + len(alone.ids)  # one padded pass
     assert all(recorded[name] >= 0 for name in ("record", "solve", "write", "evaluation"))
     assert recorded["peak_gib"] > 0
     steps = timed(lm, FineTune(2, lr=0.01, steps=3, stop_at=0.0), fact)

@@ -107,12 +107,12 @@ def test_an_empty_change_changes_nothing(tiny):
     assert WeightDelta().rounding_loss(lm) == 0
 
 
-@pytest.mark.parametrize(("ranks", "dense"), [((3, 4), False), ((16, 16), False), ((16, 17), True), ((40, 1), True)])
+@pytest.mark.parametrize(("ranks", "dense"), [((3, 4), False), ((4, 4), False), ((4, 5), True), ((40, 1), True)])
 def test_a_sum_is_the_dense_sum_and_dense_once_wide(ranks, dense):
     a, b = low_rank(32, 80, ranks[0], 1), low_rank(32, 80, ranks[1], 2)
     torch.testing.assert_close((a + b).dense(), a.dense() + b.dense())
     assert ((a + b).right is None) == dense
-    assert (a + b).rank == min(sum(ranks), 32)
+    assert (a + b).rank == (32 if dense else sum(ranks))
 
 
 def test_a_sum_with_a_dense_change_is_dense():
@@ -359,6 +359,31 @@ def test_overlap_is_the_largest_cosine_of_the_newest_keys_with_earlier_ones(keys
     for key in keys[1:]:
         total = total + keyed(key)
     assert total.overlap() == pytest.approx(overlap, abs=1e-6)
+
+
+def test_a_sum_keeps_the_latest_keys_within_its_bound(monkeypatch):
+    monkeypatch.setattr("qfbench.models.delta.KEYS", 3 * 2 * 4)  # three keys of two float32
+    total = keyed([[1.0, 0.0]])
+    for key in ([[0.0, 1.0]], [[1.0, 1.0]]):
+        total = total + keyed(key)
+    assert len(total.keys) == 3
+    total = total + keyed([[1.0, 0.0]])
+    assert [key.tolist() for key in total.keys] == [[[0.0, 1.0]], [[1.0, 1.0]], [[1.0, 0.0]]]
+    assert total.overlap() == pytest.approx(0.5**0.5)  # that of the first, 1, is forgotten
+    whole = keyed([[1.0, 0.0]] * 9)
+    assert len((total + whole).keys) == 1  # the newest is kept, whatever its size
+
+
+def test_a_long_sum_holds_no_more_than_its_matrix_and_the_keys(monkeypatch):
+    monkeypatch.setattr("qfbench.models.delta.KEYS", 2**12)
+    total = WeightDelta()
+    for seed in range(60):
+        step = replace(keyed(), changes={DOWN: low_rank(32, 80, 3, seed)}, keys=[torch.randn(3, 80)])
+        total = total + step
+        (change,) = total.changes.values()
+        held = [*total.keys, change.left, *([] if change.right is None else [change.right])]
+        assert sum(t.numel() * t.element_size() for t in held) <= 32 * 80 * 8 + 2**12
+    assert change.right is None
 
 
 def test_without_earlier_keys_there_is_no_overlap():

@@ -3,6 +3,7 @@ import torch
 from transformers import DynamicCache
 
 from qfbench import Unsupported, UserError
+from qfbench.models import activations
 from qfbench.models.activations import reading, record
 from qfbench.models.cut import cache_argument
 from qfbench.models.dialogue import Rendering
@@ -51,13 +52,80 @@ def test_layer_output_is_the_weight_times_key_plus_residual(tiny, arch_or_biased
         assert (recorded.key @ linear.weight.T).norm() > 0.1 * output.norm()
 
 
-def test_a_recording_does_not_depend_on_its_company(tiny, arch, dialogues):
-    lm = tiny(arch)
-    together = record(lm, dialogues, Site(2))
-    alone = [record(lm, [dialogue], Site(2))[0] for dialogue in dialogues]
-    assert all(
-        torch.equal(a.key, b.key) and torch.equal(a.residual, b.residual) for a, b in zip(together, alone, strict=True)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_a_recording_depends_on_its_company_by_rounding_alone(tiny, arch, dialogues, dtype, bound):
+    lm = tiny(arch, dtype)
+    lm.batch_size = len(dialogues)
+    together, passes = counted(lm, lambda: record(lm, dialogues, Site(2)))
+    assert len(passes) < len(dialogues) == len({len(d.ids) for d in dialogues}) > 2  # some were padded
+    for dialogue, recorded in zip(dialogues, together, strict=True):
+        (alone,) = record(lm, [dialogue], Site(2))
+        for name, tensor in vars(alone).items():
+            assert ((getattr(recorded, name) - tensor).norm(dim=1) <= bound * tensor.norm(dim=1)).all(), name
+            assert ((tensor[1:] - tensor[:-1]).norm(dim=1) > 1e3 * bound * tensor[1:].norm(dim=1)).all()
+
+
+def counted(lm, run):
+    """What `run` gives, and the shape of the token ids of each pass."""
+    passes = []
+    handle = lm.model.register_forward_pre_hook(
+        lambda _m, _a, given: passes.append(given["input_ids"].shape), with_kwargs=True
     )
+    try:
+        return run(), passes
+    finally:
+        handle.remove()
+
+
+def test_only_the_positions_asked_for_are_kept(tiny, dialogues):
+    lm = tiny("qwen2")
+    at = [[3], [0, 2, 1], [], [len(dialogues[3].ids) - 1]]
+    for whole, part, own in zip(record(lm, dialogues, Site(1)), record(lm, dialogues, Site(1), at), at, strict=True):
+        for name, tensor in vars(part).items():
+            assert torch.equal(tensor, getattr(whole, name)[own])
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * 4  # no view of all that a pass made
+
+
+def test_a_dialogue_given_twice_runs_once_and_is_read_at_the_positions_of_each(tiny, dialogues):
+    lm = tiny("qwen2")
+    (first, second), passes = counted(lm, lambda: record(lm, [dialogues[0]] * 2, Site(1), [[4, 5], [1]]))
+    assert passes == [(1, len(dialogues[0].ids))]
+    (whole,) = record(lm, [dialogues[0]], Site(1))
+    assert torch.equal(first.key, whole.key[[4, 5]])
+    assert torch.equal(second.key, whole.key[[1]])
+
+
+@pytest.mark.parametrize(("most", "n"), [(1, 4), (100, 3), (150, 2), (1000, 2)])
+def test_no_pass_is_larger_than_its_bound(tiny, dialogues, monkeypatch, most, n):
+    monkeypatch.setattr(activations, "TOKENS", most)
+    lm = tiny("qwen2")
+    lm.batch_size = 3
+    recorded, passes = counted(lm, lambda: record(lm, dialogues, Site(0)))
+    assert [len(one.key) for one in recorded] == [len(dialogue.ids) for dialogue in dialogues]
+    assert all(rows <= 3 and (rows == 1 or rows * tokens <= most) for rows, tokens in passes)
+    assert len(passes) == n
+
+
+def test_half_of_the_dialogues_run_at_a_time_where_memory_is_short(tiny, dialogues):
+    lm = tiny("qwen2")
+    lm.batch_size, tried = 4, []
+    wanted = record(lm, dialogues, Site(1))
+
+    def short(_module, _args, given):
+        tried.append(len(given["input_ids"]))
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("no room")
+
+    lm.model.register_forward_pre_hook(short, with_kwargs=True)
+    limit = 1
+    for a, b in zip(record(lm, dialogues, Site(1)), wanted, strict=True):
+        torch.testing.assert_close(a.key, b.key, rtol=1e-4, atol=1e-5)
+    assert max(tried) > 1
+    assert tried.count(1) == len(dialogues)
+    limit, before = 0, hooks(lm)
+    with pytest.raises(torch.OutOfMemoryError):
+        record(lm, dialogues, Site(1))
+    assert hooks(lm) == before
 
 
 def test_layers_above_the_site_do_not_run(tiny, arch, dialogues):
@@ -71,8 +139,8 @@ def test_layers_above_the_site_do_not_run(tiny, arch, dialogues):
 
     for number, block in enumerate(lm.model.model.layers):
         block.register_forward_pre_hook(count(number))
-    record(lm, dialogues, Site(1))
-    assert calls == [len(dialogues), len(dialogues), 0]
+    _, passes = counted(lm, lambda: record(lm, dialogues, Site(1)))
+    assert calls == [len(passes), len(passes), 0]
     with torch.no_grad():
         lm.model(input_ids=torch.tensor([dialogues[0].ids]))
     assert calls[2] == 1

@@ -194,16 +194,15 @@ def test_bad_input_gives_one_message_that_names_it(tmp_path, overrides, message)
 
 
 def test_a_nan_stops_the_run_and_says_where_and_keeps_what_was_measured(tmp_path, monkeypatch):
-    real, calls = QF.record, []
+    real, calls = QF.together, []
 
-    def poisoned(self, lm, facts):
-        taught = real(self, lm, facts)
-        calls.append(1)  # the first is the check before anything is asked
-        if len(calls) == 4:
-            taught.keys[0, 0] = float("nan")
-        return taught
+    def poisoned(self, lm, parts):
+        calls.append(1)
+        if len(calls) == 3:
+            parts[0].keys[0, 0] = float("nan")
+        return real(self, lm, parts)
 
-    monkeypatch.setattr(QF, "record", poisoned)
+    monkeypatch.setattr(QF, "together", poisoned)
     with pytest.raises(FloatingPointError, match=r"sequential, after 2 edits: an activation at the edited layer"):
         run(tmp_path, "experiment=retention", *BARE)
     assert pd.read_parquet(tmp_path / "rows.parquet").query("condition == 'edited'").step.max() == 2

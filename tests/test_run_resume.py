@@ -89,16 +89,15 @@ def test_a_run_with_other_settings_does_not_continue_one(tmp_path, again, messag
 
 def test_a_killed_retention_run_ends_with_the_same_rows(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", "experiment=retention", "facts.n=2", "regression=none")[0].store.frame()
-    real, calls = QF.record, []
+    real, calls = QF.together, []
 
-    def poisoned(self, lm, fact):
-        taught = real(self, lm, fact)
+    def poisoned(self, lm, parts):
         calls.append(1)
         if len(calls) == 2:
-            taught.keys[0, 0] = float("nan")
-        return taught
+            parts[0].keys[0, 0] = float("nan")
+        return real(self, lm, parts)
 
-    monkeypatch.setattr(QF, "record", poisoned)
+    monkeypatch.setattr(QF, "together", poisoned)
     with pytest.raises(FloatingPointError):
         run(tmp_path / "killed", "experiment=retention", "facts.n=2", "regression=none")
     again = run(tmp_path / "killed", "experiment=retention", "facts.n=2", "regression=none")[0].store.frame()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
+from itertools import islice
 from typing import Any, ClassVar
 
 from qfbench.editors.teach import SAMPLE
@@ -14,6 +16,8 @@ from qfbench.facts.base import Fact
 from qfbench.models.delta import WeightDelta
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
+
+TOGETHER = 64  # facts that are recorded at once
 
 
 class Editor(ABC):
@@ -64,6 +68,16 @@ class Editor(ABC):
             FloatingPointError: an activation or the solution is not finite.
         """
 
+    def one_by_one(
+        self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0
+    ) -> Iterator[Callable[[], WeightDelta]]:
+        """For each fact after the first `done`, what gives the change that teaches it alone to `lm` as it then stands.
+
+        `lm` must be unedited whenever the next is asked for.
+        """
+        for fact in facts[done:]:
+            yield partial(self.edit, lm, [fact])
+
     def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
         """The change that teaches all facts so far together, for each fact after the first `done`.
 
@@ -84,7 +98,13 @@ class Editor(ABC):
 
 
 class Recorder(Editor):
-    """An editor in two steps: it records each fact in forward passes, and solves for the change from what it recorded."""
+    """An editor in two steps: it records each fact in forward passes, and solves for the change from what it recorded.
+
+    Where a record is the same whatever this editor has changed before (`ahead`), facts that are taught one after another are
+    recorded on the unedited model, many in one pass.
+    """
+
+    ahead: ClassVar[bool] = False
 
     @abstractmethod
     def record(self, lm: LanguageModel, fact: Fact) -> Any:
@@ -92,17 +112,39 @@ class Recorder(Editor):
 
     @abstractmethod
     def together(self, lm: LanguageModel, parts: Sequence[Any]) -> WeightDelta:
-        """The change that teaches all that was recorded."""
+        """The change that teaches all that was recorded, to `lm` as it stands."""
+
+    def record_all(self, lm: LanguageModel, facts: Sequence[Fact]) -> list[Any]:
+        """What `record` gives for each fact; an editor may make it in fewer passes."""
+        return [self.record(lm, fact) for fact in facts]
 
     def check(self, lm: LanguageModel) -> None:
         self.record(lm, SAMPLE)
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
-        return self.together(lm, [self.record(lm, fact) for fact in facts])
+        return self.together(lm, self.record_all(lm, facts))
+
+    def recorded(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[Any]:
+        """The records of all facts after the first `done`, `TOGETHER` of them made at a time.
+
+        A fact has the same company wherever one begins: in two bytes a number it would be another record in another.
+        """
+        for start in range(done - done % TOGETHER, len(facts), TOGETHER):
+            yield from self.record_all(lm, facts[start : start + TOGETHER])[max(0, done - start) :]
+
+    def one_by_one(
+        self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0
+    ) -> Iterator[Callable[[], WeightDelta]]:
+        if not self.ahead:
+            yield from super().one_by_one(lm, facts, done)
+            return
+        for part in self.recorded(lm, facts, done):
+            yield partial(self.together, lm, [part])
 
     def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
         """Each fact is recorded once: on the unedited model its record is the same whatever is taught beside it."""
-        parts = [self.record(lm, fact) for fact in facts[:done]]
-        for fact in facts[done:]:
-            parts.append(self.record(lm, fact))
+        records = self.recorded(lm, facts)
+        parts = list(islice(records, done))
+        for part in records:
+            parts.append(part)
             yield self.together(lm, parts)

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.base import Recorder
-from qfbench.editors.teach import lesson
+from qfbench.editors.teach import lesson, record_pairs
 from qfbench.errors import Unsupported
 from qfbench.facts.base import Fact
-from qfbench.models.activations import record
+from qfbench.models.activations import Activations
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
@@ -74,10 +74,12 @@ def solve(
 
 @dataclass(frozen=True)
 class Taught:
-    """What the two passes recorded, in float64."""
+    """What the two passes recorded at the taught positions, in the model's dtype; none of it depends on W."""
 
-    keys: Float[Tensor, "taught f"]
-    wanted: Float[Tensor, "taught d"]
+    keys: Float[Tensor, "taught f"]  # u'
+    told_keys: Float[Tensor, "taught f"]  # u
+    residual: Float[Tensor, "taught d"]  # v'
+    told_residual: Float[Tensor, "taught d"]  # v
     weights: Float[Tensor, " taught"]
 
 
@@ -100,15 +102,30 @@ class QF(Recorder):
     rcond: float = 1e-6
 
     not_negative = ("opener", "closer", "ridge", "rcond")
+    ahead = True
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return (Site(self.layer, "down_proj"),)
 
     def together(self, lm: LanguageModel, parts: Sequence[Taught]) -> WeightDelta:
-        taught = Taught(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Taught)))
-        solution = solve(taught.keys, taught.wanted, taught.weights, self.ridge, self.rcond)
+        keys, wanted, weights = self.problem(lm, parts)
+        solution = solve(keys, wanted, weights, self.ridge, self.rcond)
         return self._delta(lm, solution, [part.keys for part in parts])
+
+    def problem(
+        self, lm: LanguageModel, parts: Sequence[Taught]
+    ) -> tuple[Float[Tensor, "taught f"], Float[Tensor, "taught d"], Float[Tensor, " taught"]]:
+        """U', R = (U Wᵀ + V) − (U' Wᵀ + V') for W as it stands, and the significance, in float64; V counts 0 in a firing block."""
+        (site,) = self.sites
+        home = site.home(lm.model)
+        keys, told_keys, residual, told_residual, weights = (
+            torch.cat([getattr(part, f.name) for part in parts]).to(home, torch.float64) for f in fields(Taught)
+        )
+        wanted = (told_keys - keys) @ site.linear(lm.model).weight.detach().to(home, torch.float64).T
+        if not site.fires(lm.model):
+            wanted += told_residual - residual
+        return keys, wanted, weights
 
     def protected(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[WeightDelta]:
         """Each fact is solved with its keys projected off all earlier keys; what those give stays exactly as it is.
@@ -118,39 +135,54 @@ class QF(Recorder):
         earlier facts win here, whereas `edit` finds a least-squares compromise.
         """
         basis, total = None, None
-        for fact in facts:
-            taught = self.record(lm, fact)
-            scale = torch.linalg.matrix_norm(taught.weights.sqrt()[:, None] * taught.keys, 2).item()
-            keys, wanted = taught.keys, taught.wanted
+        for part in self.recorded(lm, facts):
+            keys, wanted, weights = self.problem(lm, [part])
+            scale = torch.linalg.matrix_norm(weights.sqrt()[:, None] * keys, 2).item()
             if basis is not None and total is not None:
+                wanted = wanted - keys @ total.dense().T
                 for _ in range(2):  # once leaves rounding errors of the size of the projection
                     keys = keys - keys @ basis.T @ basis
-                wanted = wanted - taught.keys @ total.dense().T
-            solution = solve(keys, wanted, taught.weights, self.ridge, self.rcond, scale)
+            solution = solve(keys, wanted, weights, self.ridge, self.rcond, scale)
             basis = solution.directions if basis is None else torch.cat([basis, solution.directions])
             total = solution.change if total is None else total + solution.change
-            yield self._delta(lm, solution, [taught.keys])
+            yield self._delta(lm, solution, [part.keys])
 
     def record(self, lm: LanguageModel, fact: Fact) -> Taught:
-        """Run both passes and form R = (U Wᵀ + V) − (U' Wᵀ + V') in float64; V counts 0 in a firing block."""
-        (site,) = self.sites
-        added = 0.0 if site.fires(lm.model) else 1.0
-        linear, home = site.linear(lm.model), site.home(lm.model)
-        weight = linear.weight.detach().to(home, torch.float64)
-        bias = 0 if linear.bias is None else linear.bias.detach().to(home, torch.float64)
-        pair = lesson(lm, fact, self.opener, self.closer)
-        told, alone = record(lm, [pair.told, pair.alone], site)
-        u, v, y = (t[list(pair.told_at)].to(home, torch.float64) for t in (told.key, told.residual, told.output))
-        if not (torch.isfinite(told.output).all() and torch.isfinite(alone.output).all()):
-            raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
-        self._check_block(u @ weight.T + bias + added * v, y, lm)
-        u_alone, v_alone = (t[list(pair.alone_at)].to(home, torch.float64) for t in (alone.key, alone.residual))
-        wanted = (u - u_alone) @ weight.T + added * (v - v_alone)
-        return Taught(u_alone, wanted, torch.tensor(pair.weights, dtype=torch.float64, device=home))
+        return self.record_all(lm, [fact])[0]
 
-    def _check_block(self, formed: Tensor, output: Tensor, lm: LanguageModel) -> None:
+    def record_all(self, lm: LanguageModel, facts: Sequence[Fact]) -> list[Taught]:
+        """Both passes of each fact.
+
+        Raises:
+            Unsupported: the layer is not one for which QF's equation holds.
+            FloatingPointError: an activation is not finite.
+        """
+        (site,) = self.sites
+        site.linear(lm.model)
+        site.fires(lm.model)  # refuses a half converted layer
+        pairs = [lesson(lm, fact, self.opener, self.closer) for fact in facts]
+        told, alone = record_pairs(lm, pairs, site)
+        for fact, *both in zip(facts, told, alone, strict=True):
+            if not all(torch.isfinite(read.output).all() for read in both):
+                raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
+        self._check_block(lm, told)
+        return [
+            Taught(a.key, t.key, a.residual, t.residual, torch.tensor(pair.weights, dtype=torch.float64))
+            for pair, t, a in zip(pairs, told, alone, strict=True)
+        ]
+
+    def _check_block(self, lm: LanguageModel, read: Sequence[Activations]) -> None:
         """Some families scale or normalise the feed-forward output; QF would silently miss its target there."""
-        missed = ((formed - output).norm() / output.norm()).item()
+        (site,) = self.sites
+        linear, home = site.linear(lm.model), site.home(lm.model)
+        u, v, y = (
+            torch.cat([getattr(one, name) for one in read]).to(home, torch.float64)
+            for name in ("key", "residual", "output")
+        )
+        formed = u @ linear.weight.detach().to(home, torch.float64).T + (0 if site.fires(lm.model) else v)
+        if linear.bias is not None:
+            formed += linear.bias.detach().to(home, torch.float64)
+        missed = ((formed - y).norm() / y.norm()).item()
         if missed > (0.05 if lm.dtype.itemsize == 2 else 1e-3):  # some ten times what rounding alone gives
             raise Unsupported(
                 f"layer {self.layer} of {type(lm.model).__name__} is not W u + v: its output differs by {missed:.1%}; "

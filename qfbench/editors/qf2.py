@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.base import Recorder
-from qfbench.editors.teach import lesson
+from qfbench.editors.teach import lesson, record_pairs
 from qfbench.facts.base import Fact
-from qfbench.models.activations import record
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
@@ -43,6 +42,15 @@ def hebbian(
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What the two passes recorded at the taught positions, in the model's dtype; none of it depends on W."""
+
+    inputs: Float[Tensor, "taught d"]  # x', alone
+    told_inputs: Float[Tensor, "taught d"]  # x
+    weights: Float[Tensor, " taught"]
+
+
+@dataclass(frozen=True)
 class QF2(Recorder):
     """QF2 at one firing block. Facts taught together are summed: each is recorded on the model as it stands.
 
@@ -67,24 +75,45 @@ class QF2(Recorder):
     needs_firing = True
     above_zero = ("lr",)
     not_negative = ("named", "rest", "opener", "closer")
+    ahead = True
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return (Site(self.layer, "up_proj"),)
 
-    def together(self, lm: LanguageModel, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> WeightDelta:
-        fired, inputs, weights = zip(*parts, strict=True)
-        change = hebbian(torch.cat(fired), torch.cat(inputs), torch.cat(weights), self.lr)
-        notes = {"tokens": float(sum(map(len, weights)))}
-        return WeightDelta({self.sites[0].weight_name(lm.model): change}, notes, [key.float() for key in inputs])
+    @torch.no_grad()
+    def together(self, lm: LanguageModel, parts: Sequence[Taught]) -> WeightDelta:
+        (site,) = self.sites
+        up, beta, home = site.linear(lm.model), site.slope(lm.model), site.home(lm.model)
+        fired = [torch.sigmoid(beta * up(part.told_inputs)) for part in parts]
+        inputs, weights = [part.inputs for part in parts], [part.weights for part in parts]
+        y, x, s = (torch.cat(each).to(home, torch.float64) for each in (fired, inputs, weights))
+        notes = {"tokens": float(len(s))}
+        keys = [key.float() for key in inputs]
+        return WeightDelta({site.weight_name(lm.model): hebbian(y, x, s, self.lr)}, notes, keys)
 
-    def record(self, lm: LanguageModel, fact: Fact) -> tuple[Tensor, Tensor, Tensor]:
-        """Run both passes: Y* [taught, f], X' [taught, d] and the significance [taught], in float64."""
+    def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
+        """Facts are summed: each is added to the change of those before it."""
+        total, tokens = WeightDelta(), 0.0
+        for n, part in enumerate(self.recorded(lm, facts), start=1):
+            total = total + self.together(lm, [part])
+            tokens += total.notes["tokens"]
+            if n > done:
+                yield replace(total, notes={"tokens": tokens})
+
+    def record(self, lm: LanguageModel, fact: Fact) -> Taught:
+        return self.record_all(lm, [fact])[0]
+
+    def record_all(self, lm: LanguageModel, facts: Sequence[Fact]) -> list[Taught]:
+        """Both passes of each fact.
+
+        Raises:
+            Unsupported: the layer is no firing block.
+        """
         (site,) = self.sites
         site.slope(lm.model)  # only a firing block fires
-        home = site.home(lm.model)
-        pair = lesson(lm, fact, self.opener, self.closer, self.named, self.rest, punctuation=False)
-        told, alone = record(lm, [pair.told, pair.alone], site)
-        fired = told.key[list(pair.told_at)].to(home, torch.float64)
-        inputs = alone.input[list(pair.alone_at)].to(home, torch.float64)
-        return fired, inputs, torch.tensor(pair.weights, dtype=torch.float64, device=home)
+        pairs = [lesson(lm, fact, self.opener, self.closer, self.named, self.rest, punctuation=False) for fact in facts]
+        return [
+            Taught(alone.input, told.input, torch.tensor(pair.weights, dtype=torch.float64))
+            for pair, told, alone in zip(pairs, *record_pairs(lm, pairs, site), strict=True)
+        ]

@@ -27,17 +27,17 @@ def single(
     editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
 ) -> Taught:
     """Each fact alone, from the unedited model; nothing accumulates."""
-    for fact in facts[done:]:
-        yield [fact], editor.edit(lm, [fact])
+    for fact, change in zip(facts[done:], editor.one_by_one(lm, facts, done), strict=True):
+        yield [fact], change()
 
 
 def sequential(
     editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
 ) -> Taught:
     """Each fact on the model as the edits before it left it; nothing else is remembered."""
-    for n, fact in enumerate(facts[done:], start=done + 1):
+    for n, change in enumerate(editor.one_by_one(lm, facts, done), start=done + 1):
         with total.applied_to(lm):
-            step = editor.edit(lm, [fact])
+            step = change()
         total = total + step
         yield facts[:n], total
 

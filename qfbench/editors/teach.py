@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from unicodedata import category
 
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.facts.matching import places
+from qfbench.models.activations import Activations, record
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel
+from qfbench.models.sites import Site
 
 SAMPLE = Fact(
     "Qi started Oxinnovate.",
@@ -82,6 +85,16 @@ def lesson(
         tuple(alone.opener + t - 1 for t in taught),
         tuple(weights[t] for t in taught),
     )
+
+
+def record_pairs(
+    lm: LanguageModel, lessons: Sequence[Lesson], site: Site
+) -> tuple[list[Activations], list[Activations]]:
+    """Both dialogues of each lesson, told and alone, at the taught positions."""
+    dialogues = [pair.told for pair in lessons] + [pair.alone for pair in lessons]
+    at = [pair.told_at for pair in lessons] + [pair.alone_at for pair in lessons]
+    read = record(lm, dialogues, site, at)
+    return read[: len(lessons)], read[len(lessons) :]
 
 
 def is_sign(lm: LanguageModel, token: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from qfbench.models.cut import divides
 from qfbench.models.dialogue import Rendering, render
 from qfbench.models.states import States
 from qfbench.models.suffix import Suffix
-from qfbench.models.tree import Answer, Ending, Question, Tokens
+from qfbench.models.tree import Answer, Ending, Question, Tokens, in_batches
 from qfbench.models.weights import refuse_offloaded, refuse_recurrent
 from qfbench.models.whole import Whole
 
@@ -207,18 +207,10 @@ class LanguageModel:
             way = Suffix(self.model, self._lowest_change(), self.states, self.ending)
         else:
             way = Whole(self.model, self.ending)
-        answers: dict[Tokens, Answer] = {}
-        for batch in batches(questions, size):
-            try:
-                answers |= dict(zip([q.prompt for q in batch], way.answer(batch), strict=True))
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{self.name}: {error}") from error
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                answers |= self._answers(batch, (len(batch) + 1) // 2)
-        return answers
+        try:
+            return {q.prompt: answer for q, answer in in_batches(way.answer, questions, size)}
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self.name}: {error}") from error
 
     def _lowest_change(self) -> int:
         """The lowest layer that holds a change now; 0 where none does, or something beside the layers."""
@@ -271,24 +263,3 @@ class LanguageModel:
 
 def _whole(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n > 0
-
-
-def batches(questions: Sequence[Question], most: int) -> Iterator[list[Question]]:
-    """Questions of like length, up to `most` at once. Where no reply is wanted, a batch ends before padding is a third of it;
-    replies are decoded together, since a step costs hardly less for half of them."""
-
-    def length(question: Question) -> int:
-        return len(question.prompt) + sum(map(len, question.rated))
-
-    batch: list[Question] = []
-    tokens = 0
-    for question in sorted(questions, key=length):
-        longest = length(question)
-        padded = not question.reply and longest * (len(batch) + 1) > 1.5 * (tokens + longest)
-        if batch and (len(batch) == most or padded):
-            yield batch
-            batch, tokens = [], 0
-        batch.append(question)
-        tokens += longest
-    if batch:
-        yield batch

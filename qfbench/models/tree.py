@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Tokens = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,3 +117,43 @@ def guess(path: Sequence[int], heard: Sequence[Tokens], most: int) -> Sequence[i
             if text[at] == path[-1] and [text[at - 1]] == path[-2:-1]:
                 return text[at + 1 : at + 1 + max(0, most)]
     return ()
+
+
+def in_batches(
+    run: Callable[[list[Question]], Iterable[T]], questions: Sequence[Question], most: int, tokens: float = math.inf
+) -> Iterator[tuple[Question, T]]:
+    """What `run` gives for each question, by `batches`; half of one at a time where memory is short."""
+    for batch in batches(questions, most, tokens):
+        try:
+            found = list(run(batch))
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            yield from in_batches(run, batch, (len(batch) + 1) // 2, tokens)
+        else:
+            yield from zip(batch, found, strict=True)
+
+
+def batches(questions: Sequence[Question], most: int, tokens: float = math.inf) -> Iterator[list[Question]]:
+    """Questions of like length, up to `most` and up to so many `tokens`, padding included, at once.
+
+    Where no reply is wanted, a batch ends before padding is a third of it; replies are decoded together, since a step costs
+    hardly less for half of them.
+    """
+
+    def length(question: Question) -> int:
+        return len(question.prompt) + sum(map(len, question.rated))
+
+    batch: list[Question] = []
+    held = 0
+    for question in sorted(questions, key=length):
+        longest = length(question)
+        padded = not question.reply and longest * (len(batch) + 1) > 1.5 * (held + longest)
+        if batch and (len(batch) == most or padded or longest * (len(batch) + 1) > tokens):
+            yield batch
+            batch, held = [], 0
+        batch.append(question)
+        held += longest
+    if batch:
+        yield batch

@@ -79,8 +79,8 @@ def timed(lm: LanguageModel, editor: Editor, fact: Fact, probes: Sequence[Probe]
     """Edit once and put the weights back; between the two, ask `probes`.
 
     In seconds: `record` (NaN where an editor is no `Recorder`: then all is `solve`), `solve`, `write` (add the change to the
-    weights, and put them back), `evaluation`. `tokens` are those of all forward passes that found the change, as often as they
-    passed; `peak_gib` is the most memory held during the edit on CUDA, or by the process so far.
+    weights, and put them back), `evaluation`. `tokens` are those of all forward passes that found the change, padding included,
+    as often as they passed; `peak_gib` is the most memory held during the edit on CUDA, or by the process so far.
     """
     tokens = 0
 
