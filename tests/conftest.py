@@ -31,6 +31,7 @@ from qfbench.commands.settings import CONF
 from qfbench.world.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 
 CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
 GEOMETRY = {
