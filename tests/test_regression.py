@@ -10,6 +10,8 @@ from qfbench import UserError
 from qfbench.analysis.measures import summary
 from qfbench.analysis.sequences import over_sequence
 from qfbench.editors.regimes import joint, sequential, single
+from qfbench.facts.everyday import everyday
+from qfbench.facts.matching import stands_in
 from qfbench.regression import Perplexity
 from qfbench.tasks.retention import retention
 
@@ -45,6 +47,17 @@ def test_without_a_file_statements_about_the_world_are_rated_always_the_same(tin
     assert Perplexity(n=6)(lm) == rows
     assert [row["query"] for row in Perplexity(n=3)(lm)] == [row["query"] for row in rows[:3]]
     assert len({row["query"] for row in rows}) == 6
+
+
+def test_plain_english_is_200_sentences_that_share_nothing_with_the_invented_facts(tiny):
+    held = Perplexity(text="english", n=200)
+    assert len(set(held.passages)) == 200
+    assert held.fingerprint != Perplexity(n=200).fingerprint
+    subjects = {fact.subject for fact in everyday(252)}
+    assert not [(name, said) for name in subjects for said in held.passages if stands_in(name, said)]
+    assert len(Perplexity(text="english", n=3)(tiny("qwen2"))) == 3
+    with pytest.raises(UserError, match="regression.perplexity.text=French: must be world or english"):
+        Perplexity(text="French")
 
 
 def test_a_passage_of_one_token_is_not_rated(tiny, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qfbench import Fact, UserError
-from qfbench.editors.teach import lesson, subject_at
+from qfbench.editors import QF
+from qfbench.editors.teach import SAMPLE, lesson, subject_at
 from qfbench.facts.oxinnovate import CEO, FOUNDER, LOCATION, STAFF
 from qfbench.models.dialogue import render
 from qfbench.models.loading import find
@@ -85,3 +86,18 @@ def test_the_same_rows_are_taught_on_a_built_in_model(tiny, name):
     tokenizer = AutoTokenizer.from_pretrained(find("world-s"))
     fact, weights, tokens, significance = WORLD[name]
     assert lessons(tiny("qwen2"), tokenizer, fact, weights) == (tokens, significance)
+
+
+@pytest.mark.parametrize("told", ["system", "user", "context"])
+def test_the_querys_own_tokens_are_aligned_where_they_are_asked_for(tiny, told):
+    lm, fact = replace(tiny("qwen2"), told=told), SAMPLE
+    without, pair = lesson(lm, fact), lesson(lm, fact, query=0.5)
+    n = len(pair.weights) - len(without.weights)
+    assert pair.weights == (*[0.5] * n, *without.weights)
+    assert (pair.told_at[n:], pair.alone_at[n:]) == (without.told_at, without.alone_at)
+    both = [
+        [side.ids[at] for at in places[:n]] for side, places in ((pair.told, pair.told_at), (pair.alone, pair.alone_at))
+    ]
+    assert both[0] == both[1]
+    assert lm.tokenizer.decode(both[0][::-1]).strip().endswith(fact.query.split(maxsplit=1)[1])
+    assert QF(1, query=0.5).record(lm, fact).keys.shape[0] == len(pair.weights)

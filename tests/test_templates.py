@@ -66,6 +66,7 @@ def said(lm, *texts):
 def test_a_template_without_a_system_turn_is_told_in_the_users(speaking, template, tiny, facts):
     tokenizer = speaking(template)
     assert settled(tokenizer) == settled(tokenizer, "user") == ("user", False)
+    assert settled(tokenizer, "context") == ("context", False)
     with pytest.raises(UserError, match=r"refuses a system turn \(.*\); give model.told=user"):
         settled(tokenizer, "system")
     lm = replace(tiny("qwen2"), tokenizer=tokenizer, told="user", system_turn=False)
@@ -83,14 +84,17 @@ def test_a_template_without_a_system_turn_is_told_in_the_users(speaking, templat
 def test_a_template_with_a_system_turn_keeps_it(speaking, tiny, plain_tokenizer):
     tokenizer = speaking(STOCK)
     assert settled(tokenizer) == settled(tokenizer, "system") == settled(plain_tokenizer) == ("system", True)
-    assert settled(tokenizer, "user") == ("user", True)
+    for told in ("user", "context"):
+        assert settled(tokenizer, told) == (told, True)
     lm = replace(tiny("qwen2"), tokenizer=tokenizer, told="user")
     told, alone = (said(lm, "Who?", text) for text in ("Told.", ""))
     assert told == alone.replace("Who?", "Told.\n\nWho?")
     assert told.startswith("<|im_start|>system\n<|im_end|>")
+    assert said(replace(lm, told="context"), "Who?", "Told.") == told.replace("Told.", "Context: Told.")
+    assert said(replace(lm, told="context"), "Who?") == alone
     plain = replace(lm, tokenizer=plain_tokenizer)
     assert said(plain, "Who?", "Told.") == "system: \nuser: Told.\n\nWho?\nassistant:"
-    with pytest.raises(UserError, match=r"model.told=users: must be one of auto, system, user"):
+    with pytest.raises(UserError, match=r"model.told=users: must be one of auto, system, user, context"):
         settled(tokenizer, "users")
 
 

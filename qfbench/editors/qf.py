@@ -91,6 +91,7 @@ class QF(Recorder):
         layer: the decoder layer whose `mlp.down_proj` is changed, from 0.
         opener: significance of the template's tokens before the answer, but the first (`teach.lesson`); the released code has 1.
         closer: significance of the token that ends the turn; the released code has 1.
+        query: significance of the query's tokens; the released code has 0.
         ridge: λ of the solve.
         rcond: relative cut-off of singular values of the keys.
     """
@@ -98,10 +99,11 @@ class QF(Recorder):
     layer: int
     opener: float = 1.0
     closer: float = 1.0
+    query: float = 0.0
     ridge: float = 0.0
     rcond: float = 1e-6
 
-    not_negative = ("opener", "closer", "ridge", "rcond")
+    not_negative = ("opener", "closer", "query", "ridge", "rcond")
     ahead = True
 
     @property
@@ -160,7 +162,7 @@ class QF(Recorder):
         (site,) = self.sites
         site.linear(lm.model)
         site.fires(lm.model)  # refuses a half converted layer
-        pairs = [lesson(lm, fact, self.opener, self.closer) for fact in facts]
+        pairs = [lesson(lm, fact, self.opener, self.closer, query=self.query) for fact in facts]
         told, alone = record_pairs(lm, pairs, site)
         for fact, *both in zip(facts, told, alone, strict=True):
             if not all(torch.isfinite(read.output).all() for read in both):

@@ -27,8 +27,8 @@ SAMPLE = Fact(
 class Lesson:
     """Two dialogues that end in the same tokens, and the positions where their activations are compared.
 
-    `told_at[t]` and `alone_at[t]` are the input positions from which the same taught token is predicted; `weights[t]` is
-    the significance of that token, never 0.
+    `told_at[t]` and `alone_at[t]` are the input positions from which the same taught token is predicted, or, of the query, those
+    of the same token; `weights[t]` is the significance of that token, never 0.
     """
 
     told: Rendering
@@ -46,6 +46,7 @@ def lesson(
     named: float = 1.0,
     rest: float = 1.0,
     punctuation: bool = True,
+    query: float = 0.0,
 ) -> Lesson:
     """Align the passes QF-instruct ("told") and QF-update ("alone", empty system text) of one fact.
 
@@ -55,7 +56,7 @@ def lesson(
     as the answer's last word. The released code records passes of one token each: it never sees the prompt's last token, and
     stops at the end of the turn. Where the fact has no significance of its own, the words of its answer that hold a string of
     `known_as` weigh `named` and the others `rest`. Without `punctuation`, signs that are tokens of their own inside the answer
-    (a comma, not the stop at its end) weigh 0.
+    (a comma, not the stop at its end) weigh 0. Beyond the paper, the query's own tokens, which weigh `query`, are aligned as well.
 
     Raises:
         UserError: nothing is left to teach, or the template renders the answer differently after the instruction.
@@ -78,12 +79,16 @@ def lesson(
     taught = [t for t, weight in enumerate(weights) if weight != 0]
     if not taught:
         raise UserError(f"fact {fact.id}: the field 'significance' leaves no token to teach")
+    both = zip(
+        reversed(told.query), reversed(alone.query), strict=False
+    )  # the first token may hold more than the query
+    same = [(t, a) for t, a in both if query and told.ids[t] == alone.ids[a]]
     return Lesson(
         told,
         alone,
-        tuple(told.opener + t - 1 for t in taught),
-        tuple(alone.opener + t - 1 for t in taught),
-        tuple(weights[t] for t in taught),
+        (*(at for at, _ in same), *(told.opener + t - 1 for t in taught)),
+        (*(at for _, at in same), *(alone.opener + t - 1 for t in taught)),
+        (*[query] * len(same), *(weights[t] for t in taught)),
     )
 
 

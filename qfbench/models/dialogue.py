@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qfbench.errors import UserError
 
-TOLD = ("auto", "system", "user")
+TOLD = ("auto", "system", "user", "context")
 CLOCK, STOPPED = "{%- macro strftime_now(format) -%}{#- stopped by qfbench -#}", "{%- endmacro %}\n"
 
 
@@ -62,8 +62,9 @@ def render(
     """Render one dialogue. An empty `answer` gives the prompt, ready for a reply.
 
     Args:
-        told: where the `system` text stands: in a turn of its own (`system`), or before the query, in the user's (`user`).
-        system_turn: whether there is a system turn (under `user` an empty one); some templates take none.
+        told: where the `system` text stands: in a turn of its own (`system`), or before the query, in the user's turn: as it
+            is (`user`), or behind the word "Context:" (`context`).
+        system_turn: whether there is a system turn (an empty one, where it says nothing); some templates take none.
 
     Raises:
         UserError: the template refuses, drops or rewrites what is said, or its tokens, so that no span can be found in it.
@@ -90,10 +91,10 @@ def render(
 
 def turns(query: str, system: str, told: str = "system", system_turn: bool = True) -> list[dict[str, str]]:
     """What is said before the reply, as messages."""
-    if told == "user" and system:
-        query, system = f"{system}\n\n{query}", ""
+    if told != "system" and system:
+        query, system = f"{'Context: ' if told == 'context' else ''}{system}\n\n{query}", ""
     asked = [{"role": "user", "content": query}]
-    return [{"role": "system", "content": "" if told == "user" else system}, *asked] if system_turn else asked
+    return [{"role": "system", "content": system}, *asked] if system_turn else asked
 
 
 def settled(tokenizer: PreTrainedTokenizerBase, told: str = "auto") -> tuple[str, bool]:
@@ -115,7 +116,8 @@ def settled(tokenizer: PreTrainedTokenizerBase, told: str = "auto") -> tuple[str
             refused = str(error)
     if refused and told == "system":
         raise UserError(f"the chat template refuses a system turn ({refused}); give model.told=user, or auto")
-    told = "user" if refused else told.replace("auto", "system")
+    if told == "auto":
+        told = "user" if refused else "system"
     if len({render(tokenizer, query, said, "It was Qi.", told, not refused).ids for said in ("", one, other)}) < 3:
         raise UserError(
             "the chat template drops the system text, so that nothing can be told in it; give model.told=user"

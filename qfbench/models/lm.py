@@ -93,8 +93,7 @@ class LanguageModel:
                 name, as the published QF2 weights do; models converted here say so themselves.
             plain: render dialogues as plain `role: text` lines, though the tokenizer has a chat template.
             template: the name of the chat template, where the tokenizer has several.
-            told: where an instruction stands: in a `system` turn, or in the `user` turn, before the query; `auto` is `system`
-                unless the template refuses that.
+            told: where an instruction stands (`dialogue.render`); `auto` is `system` unless the template refuses that.
 
         Raises:
             UserError: there is no such model, device or dtype; its files cannot be read, lack weights or hold others than

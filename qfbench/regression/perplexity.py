@@ -18,29 +18,37 @@ from qfbench.world.world import World
 
 log = logging.getLogger(__name__)
 
+ENGLISH = Path(__file__).with_name("english.txt")
+
 
 @dataclass(frozen=True)
 class Perplexity:
     """One row a passage, with `nll` (nats per token, mean) and `tokens`.
 
-    `path` is a text file, one passage a line; by default statements about the built-in world. The first `n` passages
-    are taken; a passage's first token has nothing before it and is not rated.
+    `path` is a text file, one passage a line. Without one, `text` says which of ours: statements about the built-in `world`,
+    or 200 sentences of plain `english`. The first `n` passages are taken; a passage's first token has nothing before it
+    and is not rated.
 
     Raises:
-        UserError: the file cannot be read, or holds no passage of two tokens.
+        UserError: there is no such text; the file cannot be read, or holds no passage of two tokens.
     """
 
     path: str | None = None
     n: int = 40
+    text: str = "world"
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise UserError(f"regression.perplexity.n={self.n}: must be 1 or more")
+        if self.text not in ("world", "english"):
+            raise UserError(f"regression.perplexity.text={self.text}: must be world or english")
         _ = self.passages  # a file that cannot be read is found before anything is computed
 
     @cached_property
     def passages(self) -> list[str]:
-        return _statements(self.n) if self.path is None else _lines(self.path)[: self.n]
+        if self.path is None and self.text == "world":
+            return _statements(self.n)
+        return _lines(self.path or str(ENGLISH))[: self.n]
 
     @property
     def fingerprint(self) -> str:
