@@ -66,6 +66,22 @@ def test_forgetting_curves_draw_retention_and_prior_of_each_regime():
     assert {text.get_text() for text in kept.figure.legends[0].get_texts()} == set("QF " + curves.regime)
 
 
+def test_prior_knowledge_begins_with_what_the_unedited_model_answers_and_has_a_band():
+    asked = rows("unedited", 0, "prior", True, True, True, True, True, False)
+    frame = pd.concat([asked.assign(condition="unedited", editor="none"), RETAINED])
+    frame = frame[frame.regime.isin(["unedited", "sequential"])]
+    kept, prior = forgetting_curves(forgetting(frame), frame).axes
+    assert drawn(prior) == {"QF sequential": [[0, 5 / 6], [2, 0.75], [4, 0.25]]}
+    for axes, steps in ((kept, {2, 4}), (prior, {0, 2, 4})):
+        (band,) = axes.collections
+        corners = band.get_paths()[0].vertices
+        assert set(corners[:, 0]) == steps
+        line = dict(axes.lines[0].get_xydata())
+        assert all(
+            min(y for at, y in corners if at == x) < line[x] < max(y for at, y in corners if at == x) for x in line
+        )
+
+
 def test_forgetting_curves_of_several_editors_and_models_are_apart_and_named():
     first = RETAINED[RETAINED.regime == "sequential"]
     second = first.assign(editor="QF2", generated=~first.generated)
@@ -264,6 +280,7 @@ def cells(axes):
 
 def test_retention_matrices_are_drawn_cell_by_cell_a_panel_per_sequence():
     figure = retention_matrices({("m", "QF", "sequential", 0): SEQUENTIAL, ("m", "QF2", "joint", 0): CHECKED})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["answered", "not answered"]
     assert [axes.get_title() for axes in figure.axes] == ["QF sequential", "QF2 joint"]
     values, across, down = cells(figure.axes[0])
     np.testing.assert_array_equal(values, SEQUENTIAL)

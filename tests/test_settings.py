@@ -1,6 +1,7 @@
 """Settings of a wrong type, or out of range, are refused by name; nothing is bent into shape."""
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_a_path_alone_takes_the_settings_of_no_other_model(tmp_path):
     path = str(CONF.parent / "qfbench" / "world" / "models" / "world-xs")
     cfg = composed("model=own", f"model.path={path}")
     assert (cfg.model.layer, cfg.model.layers) == (3, "0,1,2,3")  # 23 of 28, of 4
-    assert name_of(cfg).startswith("world-xs-qf-")
+    assert re.fullmatch(r"world-xs-qf-L3-n20-[0-9a-f]{8}", name_of(cfg))
     assert composed("model=own", "model.path=world-s-qf2").model.layer == 4  # the one that fires
     assert composed("model=own", f"model.path={path}", "editor.layer=1").editor.layer == 1
     with pytest.raises(UserError, match=r"^model.path=/none: its configuration cannot be read|^/none: no such model"):

@@ -92,6 +92,16 @@ def test_wandb_mirrors_a_run_offline_where_there_is_no_key(wandb, tmp_path, draw
             kept = pd.read_csv(done.folder / f"{table}.csv")
             assert shown["columns"] == list(kept)
             assert len(shown["data"]) == len(kept)
+    assert not [key for line in lines for key in line if "placebo" in key.partition("/")[0]]
+    summary = {
+        u.key: json.loads(u.value_json)
+        for r in found
+        if r.WhichOneof("record_type") == "summary"
+        for u in r.summary.update
+    }
+    kept = pd.read_csv(done.folder / "retention.csv")
+    (line,) = kept[kept.regime == "sequential"].to_dict("records")
+    assert summary["QF sequential/retention"] == pytest.approx(line["retention"])
     last = rows[(rows.condition == "placebo") & (rows.step == 2) & rows.reply.notna()]
     assert [line[5] for line in shown["data"] if line[0] == "retention_sequential_placebo"] == list(last.reply)
     (end,) = [r.exit for r in found if r.WhichOneof("record_type") == "exit"]

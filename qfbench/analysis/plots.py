@@ -8,17 +8,19 @@ from itertools import cycle
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from qfbench.analysis.catalogue import MEASURES, drawn
-from qfbench.analysis.sequences import forgetting, matrices
+from qfbench.analysis.sequences import forgetting, matrices, prior_kept
 from qfbench.analysis.styles import OTHERS, STYLES, label, plain, stroke
 
 
 def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Retention of taught facts (left), of prior knowledge, and where it was asked the accuracy on questions of general ability
-    (right; the dashed line is chance) against the number of edits.
+    (right; the dashed line is chance) against the number of edits. After 0 edits stands what the unedited model answers.
 
     A curve for each model, editor and regime; models are named where there are several.
     """
@@ -27,16 +29,16 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     panels = 3 if len(questions) else 2
     figure = Figure(figsize=(4.5 * panels, 3.9), layout="constrained")
     kept, prior, *ability = figure.subplots(1, panels, sharex=True, sharey=True)
-    others = cycle(OTHERS)
+    others, left = cycle(OTHERS), prior_kept(rows)
     for (model, editor, regime), curve in curves.groupby(["model", "editor", "regime"], sort=False):
         name = f"{editor} {regime}"
         look = stroke(STYLES.get(name) or next(others), ms=3.5)
         look["label"] = name if curves.model.nunique() == 1 else f"{name}, {model}"
         kept.plot(curve.step, curve["mean"], **look)
         kept.fill_between(curve.step, curve.low, curve.high, color=look["color"], alpha=0.15, lw=0)
-        own = rows[(rows.model == model) & (rows.editor == editor) & (rows.regime == regime)]
-        known = own[(own.condition == "edited") & (own.kind == "prior")].groupby("step").generated.mean()
-        prior.plot(known.index, known, **look)
+        known = left[(left.model == model) & (left.editor == editor) & (left.regime == regime)]
+        prior.plot(known.step, known["mean"], **look)
+        prior.fill_between(known.step, known.low, known.high, color=look["color"], alpha=0.15, lw=0)
         for axes in ability:
             own = questions[(questions.model == model) & (questions.editor == editor)]
             own = own[(own.condition == "unedited") | ((own.condition == "edited") & (own.regime == regime))]
@@ -49,7 +51,7 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
             axes.axhline(chance, color="black", ls="--", lw=0.8)
             axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=8)
     kept.set(title="taught facts still answered (band: 95%)", ylabel="share of replies (generated)")
-    prior.set(title="prior knowledge still answered")
+    prior.set(title="prior knowledge still answered (band: 95%)")
     for axes in (kept, prior, *ability):
         axes.set(xlabel="edits", ylim=(-0.03, 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -103,7 +105,15 @@ def retention_matrices(matrices: Mapping[tuple[str, str, str, int], pd.DataFrame
         axes.set(title=f"{key[1]} {key[2]}" + (f", {key[0]}" if several else ""))
         axes.set(xlabel="fact, in order of teaching", ylabel="edits")
         axes.spines[["top", "right"]].set_visible(False)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(
+        handles=[Patch(color=colormaps["cividis_r"](value), label=name) for value, name in ANSWERED], **LEGEND
+    )
     return figure
+
+
+ANSWERED = ((1.0, "answered"), (0.0, "not answered"))
 
 
 def capacity(curve: pd.DataFrame, width: int) -> Figure:

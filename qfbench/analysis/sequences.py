@@ -22,7 +22,19 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
     Returns columns `model`, `editor`, `regime`, `step` (n), `mean`, `low`, `high` (95%, over orders and facts); nothing of regimes that do not accumulate.
     """
     edited = accumulating(rows[rows.condition == "edited"])
-    asked = edited[(edited.kind == "edit") & edited.checkpoint.astype(bool)]
+    return _by_step(edited[(edited.kind == "edit") & edited.checkpoint.astype(bool)])
+
+
+def prior_kept(rows: pd.DataFrame) -> pd.DataFrame:
+    """Prior knowledge after n edits, in the columns of `forgetting`; after 0 edits what the unedited model answers."""
+    asked = rows[rows.kind == "prior"]
+    edited = asked[asked.condition == "edited"]
+    before = asked[asked.condition == "unedited"].drop(columns=["editor", "regime"])
+    each = edited[["model", "editor", "regime"]].drop_duplicates()
+    return _by_step(pd.concat([before.merge(each, on="model").assign(step=0), edited]))
+
+
+def _by_step(asked: pd.DataFrame) -> pd.DataFrame:
     out = []
     by = ["model", "editor", "regime", "step"]
     for key, group in asked.groupby(by, sort=False):

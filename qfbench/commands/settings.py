@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -186,14 +187,21 @@ def build(cfg: DictConfig, group: str) -> Any:
 
 
 def name_of(_root_: DictConfig) -> str:
-    """The name of a run's folder: its model, its editor, and the hash of all its settings."""
+    """The name of a run's folder: its model, its editor, the layer, the number of facts, and the hash of all its settings."""
     try:
         digest = hashlib.sha256(identity(_root_).encode()).hexdigest()[:8]
     except OmegaConfBaseException:  # a setting is missing: `build` will say which
         digest = "incomplete"
     choices, path = _root_.hydra.runtime.choices, str(_root_.model.get("path"))
     model = re.sub(r"[^\w.-]+", "-", Path(path).name) if choices.model == OWN else choices.model
-    return f"{model}-{choices.editor}-{digest}"
+    about = [model, choices.editor]
+    for letter, place in (("L", "editor.layer"), ("n", "facts.n")):
+        with suppress(
+            OmegaConfBaseException, UserError
+        ):  # a setting is missing, or a model's folder: `build` will say which
+            value = OmegaConf.select(_root_, place)
+            about += [] if value is None else [f"{letter}{value}"]
+    return re.sub(r"[^\w.-]+", "-", "-".join([*about, digest]))
 
 
 OWN = "own"  # the option of the group `model` that any path goes with

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.image import imread
 
+from qfbench.analysis.catalogue import MEASURES
 from qfbench.errors import UserError
 from qfbench.runs.tracking import About
 
@@ -26,6 +27,19 @@ def needed(module: str, package: str) -> Any:
         raise UserError(f"tracker={package} needs {package}: pip install 'qfbench[{package}]'") from error
 
 
+def headlines(frame: pd.DataFrame) -> dict[str, float]:
+    """The measures of each edited line of a table of results, by `EDITOR REGIME/MEASURE`; nothing of other tables."""
+    if not {"editor", "regime"} <= set(frame):
+        return {}
+    lines = frame[~frame.regime.astype(str).str.contains("unedited|in_context|placebo")]
+    if lines.duplicated(["editor", "regime"]).any():
+        return {}
+    by = {f"{line.editor} {line.regime}": line for _, line in lines.iterrows()}
+    return {
+        f"{who}/{name}": float(line[name]) for who, line in by.items() for name in MEASURES if pd.notna(line.get(name))
+    }
+
+
 class WandB:
     """Weights & Biases. Online where one is logged in, else offline: its files are then in the run's folder, for `wandb sync`."""
 
@@ -36,8 +50,10 @@ class WandB:
         mode: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
+        placebo: bool = False,
     ) -> None:
         self.wandb = needed("wandb", "wandb")
+        self.placebo = placebo
         self.project, self.entity, self.mode, self.group, self.tags = project, entity, mode, group, tags
 
     def start(self, about: About) -> str:
@@ -69,13 +85,18 @@ class WandB:
         return f"wandb: {self.run.url or 'disabled'}"
 
     def log(self, values: Mapping[str, float], edit_step: int) -> None:
-        self.run.log({"edit_step": edit_step, **values})
+        shown = {
+            name: value for name, value in values.items() if self.placebo or "placebo" not in name.partition("/")[0]
+        }
+        if shown:
+            self.run.log({"edit_step": edit_step, **shown})
 
     def figure(self, name: str, path: Path) -> None:
         self.run.log({f"figures/{name}": self.wandb.Image(str(path))})
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         self.run.log({f"tables/{name}": self.wandb.Table(dataframe=frame, allow_mixed_types=True)})
+        self.run.summary.update(headlines(frame))
 
     def close(self, ok: bool) -> None:
         self.run.finish(exit_code=0 if ok else 1)
