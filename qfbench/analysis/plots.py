@@ -107,9 +107,8 @@ def retention_matrices(matrices: Mapping[tuple[str, str, str, int], pd.DataFrame
         axes.spines[["top", "right"]].set_visible(False)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(
-        handles=[Patch(color=colormaps["cividis_r"](value), label=name) for value, name in ANSWERED], **LEGEND
-    )
+    named = [Patch(color=colormaps["cividis_r"](value), label=name) for value, name in ANSWERED]
+    figure.legend(handles=named, frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 
