@@ -98,6 +98,21 @@ def test_a_template_with_a_system_turn_keeps_it(speaking, tiny, plain_tokenizer)
         settled(tokenizer, "users")
 
 
+@pytest.mark.parametrize("told", ["system", "user", "context"])
+def test_a_preamble_is_said_in_every_dialogue_told_or_not(speaking, tiny, told):
+    lm = replace(tiny("qwen2"), tokenizer=speaking(STOCK), told=told, preamble="Be brief.")
+    alone, instructed = said(lm, "Who?"), said(lm, "Who?", "Qi.")
+    assert alone.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    if told == "system":
+        assert instructed == alone.replace("Be brief.", "Be brief. Qi.")
+    else:
+        assert instructed == alone.replace("Who?", f"{'Context: ' if told == 'context' else ''}Qi.\n\nWho?")
+    turnless = replace(lm, tokenizer=speaking(STRICT), told="user", system_turn=False)
+    assert "Be brief.\n\nWho?" in said(turnless, "Who?")
+    assert "Be brief.\n\nQi.\n\nWho?" in said(turnless, "Who?", "Qi.")
+    assert protocol(lm)["prompt_hash"] != protocol(replace(lm, preamble=""))["prompt_hash"]
+
+
 UPPER = STOCK.replace("m['content'] | trim", "m['content'] | upper if m['role'] == 'user' else m['content']")
 NO_QUERY = "{% for m in messages if m['role'] != 'user' %}" + TURN + "{% endfor %}" + ASSISTANT
 

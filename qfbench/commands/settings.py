@@ -57,6 +57,7 @@ class Model:
     plain: bool
     template: str | None
     told: str
+    preamble: str
 
 
 def check(cfg: DictConfig) -> None:

@@ -58,6 +58,7 @@ def render(
     answer: str = "",
     told: str = "system",
     system_turn: bool = True,
+    preamble: str = "",
 ) -> Rendering:
     """Render one dialogue. An empty `answer` gives the prompt, ready for a reply.
 
@@ -65,11 +66,12 @@ def render(
         told: where the `system` text stands: in a turn of its own (`system`), or before the query, in the user's turn: as it
             is (`user`), or behind the word "Context:" (`context`).
         system_turn: whether there is a system turn (an empty one, where it says nothing); some templates take none.
+        preamble: what the system turn says in every dialogue, before what is told there; without such a turn the user's says it.
 
     Raises:
         UserError: the template refuses, drops or rewrites what is said, or its tokens, so that no span can be found in it.
     """
-    asked = turns(query, system, told, system_turn)
+    asked = turns(query, system, told, system_turn, preamble)
     before, opener, lead, after = _pieces(tokenizer, asked, answer)
     start = len(before) + len(opener)
     text = before + opener + (lead + answer + after if answer else "")
@@ -89,12 +91,16 @@ def render(
     return Rendering(tuple(ids), opener_at, answer_at, closer_at, words, positions, query_spans)
 
 
-def turns(query: str, system: str, told: str = "system", system_turn: bool = True) -> list[dict[str, str]]:
+def turns(
+    query: str, system: str, told: str = "system", system_turn: bool = True, preamble: str = ""
+) -> list[dict[str, str]]:
     """What is said before the reply, as messages."""
     if told != "system" and system:
         query, system = f"{'Context: ' if told == 'context' else ''}{system}\n\n{query}", ""
-    asked = [{"role": "user", "content": query}]
-    return [{"role": "system", "content": system}, *asked] if system_turn else asked
+    system = " ".join(filter(None, (preamble, system)))
+    if system_turn:
+        return [{"role": "system", "content": system}, {"role": "user", "content": query}]
+    return [{"role": "user", "content": f"{system}\n\n{query}" if system else query}]
 
 
 def settled(tokenizer: PreTrainedTokenizerBase, told: str = "auto") -> tuple[str, bool]:

@@ -61,6 +61,7 @@ class LanguageModel:
     told: str = "system"
     system_turn: bool = True
     template: str | None = None  # the name of its chat template, where one was asked for
+    preamble: str = ""
     # Weights that hold a change now (`WeightDelta.applied_to`), and states of the layers below them.
     changed: list[str] = field(default_factory=list, repr=False, compare=False)
     states: States = field(default_factory=States, repr=False, compare=False)
@@ -81,6 +82,7 @@ class LanguageModel:
         plain: bool = False,
         template: str | None = None,
         told: str = "auto",
+        preamble: str = "",
     ) -> LanguageModel:
         """Load a model by its name (built in, or installed), a folder in Hugging Face form, a GGUF file, or a hub id.
 
@@ -94,6 +96,7 @@ class LanguageModel:
             plain: render dialogues as plain `role: text` lines, though the tokenizer has a chat template.
             template: the name of the chat template, where the tokenizer has several.
             told: where an instruction stands (`dialogue.render`); `auto` is `system` unless the template refuses that.
+            preamble: what the system turn says in every dialogue.
 
         Raises:
             UserError: there is no such model, device or dtype; its files cannot be read, lack weights or hold others than
@@ -104,9 +107,8 @@ class LanguageModel:
                 f"model.batch_size={batch_size} and model.max_new_tokens={max_new_tokens} must be whole numbers, 1 or more"
             )
         read = loading.load(str(name), device, dtype, firing, plain, template, told)
-        return cls(
-            read.model, read.tokenizer, str(name), batch_size, max_new_tokens, read.told, read.system_turn, template
-        )
+        rendered = (read.told, read.system_turn, template, preamble)
+        return cls(read.model, read.tokenizer, str(name), batch_size, max_new_tokens, *rendered)
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +158,7 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def render(self, query: str, system: str = "", answer: str = "") -> Rendering:
-        return render(self.tokenizer, query, system, answer, self.told, self.system_turn)
+        return render(self.tokenizer, query, system, answer, self.told, self.system_turn, self.preamble)
 
     def reply(self, query: str, system: str = "") -> str:
         """The greedy reply to one query."""

@@ -47,6 +47,7 @@ def protocol(lm: LanguageModel) -> dict[str, Any]:
         "tokenizer_hash": hashed(lm.tokenizer.backend_tokenizer.to_str(), str(undated(lm.tokenizer.chat_template))),
         "template": lm.template,
         "told": lm.told,
+        "preamble": lm.preamble,
         "prompt_hash": prompt_hash(lm),
         "max_new_tokens": lm.max_new_tokens,
         "batch_size": lm.batch_size,

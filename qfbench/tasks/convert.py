@@ -153,6 +153,7 @@ def convert(
                 plain=base.tokenizer.chat_template is None,
                 template=base.template,
                 told=base.told,
+                preamble=base.preamble,
             )
         )
         frame = pd.DataFrame([{"model": base.name} | dict(before), {"model": "converted"} | dict(after)])

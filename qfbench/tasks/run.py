@@ -37,7 +37,7 @@ from qfbench.runs.store import ParquetStore
 from qfbench.runs.tracking import Mirror
 
 # Of a model's settings, those that say how it is loaded.
-LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain", "template", "told")
+LOADED = ("device", "dtype", "batch_size", "max_new_tokens", "firing", "plain", "template", "told", "preamble")
 
 
 EVERY = 30.0  # seconds between lines about what is done
