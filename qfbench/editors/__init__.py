@@ -4,5 +4,6 @@ from qfbench.editors.base import Editor
 from qfbench.editors.finetune import FineTune
 from qfbench.editors.qf import QF
 from qfbench.editors.qf2 import QF2
+from qfbench.editors.stream import QFStream
 
-__all__ = ["QF", "QF2", "Editor", "FineTune"]
+__all__ = ["QF", "QF2", "Editor", "FineTune", "QFStream"]

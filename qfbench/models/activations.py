@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +67,19 @@ def reading(
             handle.remove()
 
 
-@torch.no_grad()
 def record(
     lm: LanguageModel, dialogues: Sequence[Rendering], site: Site, at: Sequence[Sequence[int]] | None = None
 ) -> list[Activations]:
-    """Activations of each dialogue at the positions `at` (all of them by default), in order, by teacher-forced passes that stop
-    behind the site's layer.
+    """`record_many` at one site; the layers above it are not run."""
+    return record_many(lm, dialogues, [site], at)[0]
+
+
+@torch.no_grad()
+def record_many(
+    lm: LanguageModel, dialogues: Sequence[Rendering], sites: Sequence[Site], at: Sequence[Sequence[int]] | None = None
+) -> list[list[Activations]]:
+    """For each site the activations of each dialogue at the positions `at` (all of them by default), in order, by
+    teacher-forced passes that stop behind the highest site's layer.
 
     Dialogues of like length run together, each once; half of them at a time where memory is short. They are padded at the
     right, where causal attention does not look: a dialogue depends on its company by rounding alone. Only what is asked for
@@ -87,36 +94,111 @@ def record(
     for dialogue, own in zip(dialogues, positions, strict=True):
         wanted[dialogue.ids] = sorted({*wanted.get(dialogue.ids, ()), *own})
 
-    def run(batch: list[Question]) -> list[Activations]:
+    def run(batch: list[Question]) -> list[list[Activations]]:
         rows = [question.prompt for question in batch]
-        return _pass(lm, site, rows, [wanted[row] for row in rows])
+        return _pass(lm, sites, rows, [wanted[row] for row in rows])
 
     asked = [Question(ids, reply=False) for ids in wanted]
     found = {question.prompt: read for question, read in in_batches(run, asked, lm.batch_size, TOKENS)}
-    out = []
+    out: list[list[Activations]] = [[] for _ in sites]
     for dialogue, own in zip(dialogues, positions, strict=True):
         places = torch.tensor([wanted[dialogue.ids].index(position) for position in own], dtype=torch.long)
-        out.append(Activations(**{name: tensor[places] for name, tensor in vars(found[dialogue.ids]).items()}))
+        for there, read in zip(out, found[dialogue.ids], strict=True):
+            there.append(Activations(**{name: tensor[places] for name, tensor in vars(read).items()}))
     return out
 
 
 def _pass(
-    lm: LanguageModel, site: Site, rows: Sequence[Tokens], positions: Sequence[Sequence[int]]
-) -> list[Activations]:
-    """One forward pass over token sequences, read at some positions of each."""
+    lm: LanguageModel, sites: Sequence[Site], rows: Sequence[Tokens], positions: Sequence[Sequence[int]]
+) -> list[list[Activations]]:
+    """One forward pass over token sequences, read at some positions of each: for each row what each site gives."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(lm.device)
+    at = torch.tensor([(r, position) for r, own in enumerate(positions) for position in own]).view(-1, 2).long()
+    with ExitStack() as open_ones:
+        seen = [open_ones.enter_context(reading(lm, site, lambda t: t[at[:, 0], at[:, 1]])) for site in sites]
+        _up_to(lm, sites, ids)
+    split = [
+        {name: tensor.split([len(own) for own in positions]) for name, (tensor,) in there.items()} for there in seen
+    ]
+    return [[Activations(**{name: parts[r] for name, parts in own.items()}) for own in split] for r in range(len(rows))]
+
+
+def _up_to(lm: LanguageModel, sites: Sequence[Site], ids: Tensor) -> None:
+    """Run the model on token ids, up to the highest site's layer."""
 
     def stop(*_: object) -> None:
         raise _Done
 
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(lm.device)
-    at = torch.tensor([(r, position) for r, own in enumerate(positions) for position in own]).view(-1, 2).long()
-    with reading(lm, site, lambda tensor: tensor[at[:, 0], at[:, 1]]) as seen:
-        handle = site.block(lm.model).register_forward_hook(stop)
-        try:
-            lm.model(input_ids=ids, use_cache=False)
-        except _Done:
-            pass
-        finally:
+    handle = max(sites, key=lambda site: site.layer).block(lm.model).register_forward_hook(stop)
+    try:
+        lm.model(input_ids=ids, use_cache=False)
+    except _Done:
+        pass
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def climb(
+    lm: LanguageModel,
+    dialogue: Rendering,
+    sites: Sequence[Site],
+    at: Sequence[int],
+    change: Callable[[int, Tensor, Tensor], Tensor],
+) -> None:
+    """One pass over a dialogue in which each site is changed on the way, so that the layers above see what comes of it.
+
+    Before the matrix of `sites[i]` is used, `change(i, keys [tokens f], residual [tokens d])`, with what enters it and what its output
+    is added to at the positions `at`, gives what is added to it ([d f]) for the rest of the pass. No weight is written.
+    """
+    added: dict[int, Tensor] = {}
+
+    def before(i: int, seen: dict[str, list[Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            keys = args[0][0, list(at)]
+            added[i] = change(i, keys, seen["residual"][0]).to(keys.device, keys.dtype)
+
+        return hook
+
+    def behind(i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        return lambda _, args, out: out + args[0] @ added[i].T
+
+    with ExitStack() as open_ones:
+        for i, site in enumerate(sites):
+            seen = open_ones.enter_context(reading(lm, site, lambda t: t[0, list(at)]))
+            linear = site.linear(lm.model)
+            for handle in (linear.register_forward_pre_hook(before(i, seen)), linear.register_forward_hook(behind(i))):
+                open_ones.callback(handle.remove)
+        _up_to(lm, sites, torch.tensor([dialogue.ids], device=lm.device))
+
+
+@torch.no_grad()
+def summed(
+    lm: LanguageModel, dialogues: Sequence[Rendering], sites: Sequence[Site], at: Sequence[range]
+) -> list[Float[Tensor, "f f"]]:
+    """For each site the mean of k kᵀ over the keys k (inputs of its matrix) at positions `at` of the dialogues, in float64."""
+    lm.check_lengths([dialogue.ids for dialogue in dialogues])
+    moments = [torch.zeros(1, dtype=torch.float64) for _ in sites]
+    chosen = torch.zeros(1)
+
+    def add(i: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            keys = args[0].detach()[chosen.to(args[0].device)].double()
+            moments[i] = moments[i].to(keys.device) + keys.T @ keys
+
+        return hook
+
+    handles = [site.linear(lm.model).register_forward_pre_hook(add(i)) for i, site in enumerate(sites)]
+    order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids))
+    try:
+        for first in range(0, len(order), lm.batch_size):
+            batch = order[first : first + lm.batch_size]
+            ids = pad_sequence([torch.tensor(dialogues[i].ids) for i in batch], batch_first=True)
+            chosen = torch.zeros(ids.shape, dtype=torch.bool)
+            for row, i in enumerate(batch):
+                chosen[row, at[i]] = True
+            lm.model(input_ids=ids.to(lm.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
             handle.remove()
-    split = {name: tensor.split([len(own) for own in positions]) for name, (tensor,) in seen.items()}
-    return [Activations(**{name: parts[r] for name, parts in split.items()}) for r in range(len(rows))]
+    return [moment / sum(map(len, at)) for moment in moments]
