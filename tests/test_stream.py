@@ -8,6 +8,9 @@ from qfbench.editors import QF, QFStream
 from qfbench.editors.qf import solve
 from qfbench.editors.regimes import joint, sequential, single
 from qfbench.editors.stream import Stream, staying
+from qfbench.editors.teach import lesson
+from qfbench.models.activations import record
+from qfbench.models.sites import Site
 
 F, D = 12, 5
 
@@ -98,11 +101,11 @@ def totals(regime, editor, lm, facts):
     return [{name: change.dense() for name, change in delta.changes.items()} for _, delta in regime(editor, lm, facts)]
 
 
-@pytest.mark.parametrize("more", [(), (0, 2)])
-def test_sequential_is_joint_goes_on_anywhere_and_leaves_the_model_alone(tiny, facts, more):
+@pytest.mark.parametrize(("more", "refresh"), [((), 0), ((0, 2), 0), ((0, 2), 2)])
+def test_sequential_is_joint_goes_on_anywhere_and_leaves_the_model_alone(tiny, facts, more, refresh):
     lm = tiny("qwen2", torch.float64)
     before = {name: p.clone() for name, p in lm.model.state_dict().items()}
-    editor = QFStream(1, more, penalty=1.0)
+    editor = QFStream(1, more, penalty=1.0, refresh=refresh)
     one, other = totals(sequential, editor, lm, facts), totals(joint, editor, lm, facts)
     assert len(one) == len(facts)
     assert len(one[0]) == 1 + len(more)
@@ -115,13 +118,31 @@ def test_sequential_is_joint_goes_on_anywhere_and_leaves_the_model_alone(tiny, f
     assert all(torch.equal(p, before[name]) for name, p in lm.model.state_dict().items())
 
 
-def test_the_order_of_facts_does_not_matter_at_one_layer_and_hardly_at_the_lowest_of_several(tiny, facts):
+@pytest.mark.parametrize(("more", "refresh", "free"), [((), 0, 1), ((2,), 0, 1), ((2,), 1, 2)])
+def test_the_order_of_facts_does_not_matter_at_the_lowest_layer_nor_above_it_once_all_is_refreshed(
+    tiny, facts, more, refresh, free
+):
     lm = tiny("llama", torch.float64)
-    for more in ((), (2,)):
-        editor = QFStream(1, more, penalty=1.0)
-        forth, back = editor.edit(lm, facts), editor.edit(lm, facts[::-1])
-        lowest = editor.sites[0].weight_name(lm.model)
-        assert close(forth.changes[lowest].dense(), back.changes[lowest].dense())
+    *facts, kept = facts
+    editor = QFStream(1, more, keep=[kept], penalty=1.0, refresh=refresh)
+    forth, back = editor.edit(lm, facts), editor.edit(lm, facts[::-1])
+    same = [close(forth.changes[name].dense(), back.changes[name].dense()) for name in forth.changes]
+    assert same == [True] * free + [False] * (len(same) - free)
+
+
+def test_a_refreshed_layer_takes_what_is_missing_after_the_changed_ones_below_it(tiny, facts):
+    lm = tiny("qwen2", torch.float64)
+    editor = QFStream(2, (0,), penalty=1e-9, floor=1.0, refresh=len(facts))
+    with editor.edit(lm, facts).applied_to(lm):
+        for fact in facts:
+            pair = lesson(lm, fact, 0, 0)
+            (alone,) = record(lm, [pair.alone], Site(2), [pair.alone_at])
+            told = editor_told(tiny("qwen2", torch.float64), pair, Site(2))
+            assert close(alone.output, told, 1e-4)
+
+
+def editor_told(lm, pair, site):
+    return record(lm, [pair.told], site, [pair.told_at])[0].output
 
 
 def test_with_next_to_no_penalty_a_fact_alone_is_taught_as_qf_teaches_it(tiny, facts):

@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qfbench.digest import hashed
 from qfbench.editors.base import TOGETHER, Editor
 from qfbench.editors.teach import SAMPLE, Lesson, lesson
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
-from qfbench.models.activations import climb, record, record_many, summed
+from qfbench.models.activations import climb, record, record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel, Score
@@ -42,6 +41,9 @@ class Stream:
         cost = penalty * (stay + floor * mean * torch.eye(f, dtype=stay.dtype, device=stay.device))
         return cls(torch.cholesky_inverse(torch.linalg.cholesky(cost)), stay.new_zeros(d, f))
 
+    def like(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.change.device, self.change.dtype)
+
     def teach(
         self, keys: Float[Tensor, "taught f"], wanted: Float[Tensor, "taught d"], weights: Float[Tensor, " taught"]
     ) -> LowRank:
@@ -59,12 +61,20 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Taught:
+    """One fact: where it is taught, and what each layer gives there when told."""
+
+    pair: Lesson
+    told: list[Float[Tensor, "taught d"]]
+
+
+@dataclass(frozen=True)
 class QFStream(Editor):
     """QF for long sequences: facts in any order, one after another, at the least cost to what is to stay.
 
     What is wanted of a token is what the unedited model gives when told. With `more_layers`, the lowest layer is changed first, and
-    each layer above takes what is still missing after it; then the order of the facts matters a little, for the keys of
-    earlier facts were read under earlier changes. Regimes `sequential` and `joint` give the same.
+    each layer above takes what is still missing after it; then the order of the facts matters, for the keys of earlier facts, and
+    of what is to stay, were read under earlier changes, until the next `refresh`. Regimes `sequential` and `joint` give the same.
 
     Args:
         layer: the decoder layer whose `mlp.down_proj` is changed, from 0.
@@ -77,6 +87,8 @@ class QFStream(Editor):
         opener, closer, query: significance of tokens around the answer (`teach.lesson`).
         surprise: answer tokens that the unedited model gives less nats than this, alone, are not taught.
         strength: what is wanted is multiplied by this.
+        refresh: with several layers, solve all facts so far anew after so many, with the keys that the changed layers below now
+            give; 0: never. It costs a pass over all facts so far and all that is kept.
     """
 
     layer: int
@@ -89,9 +101,10 @@ class QFStream(Editor):
     query: float = 0.0
     surprise: float = 0.0
     strength: float = 1.0
+    refresh: int = 0
 
     above_zero = ("penalty", "floor", "strength")
-    not_negative = ("opener", "closer", "query", "surprise")
+    not_negative = ("opener", "closer", "query", "surprise", "refresh")
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -117,31 +130,65 @@ class QFStream(Editor):
 
     def _taught(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[tuple[WeightDelta, WeightDelta]]:
         """For each fact its step, and the change so far. `lm` must be unedited whenever the next is asked for."""
-        streams = self._begin(lm, facts)
+        kept = staying(lm, self.keep, facts)
+        streams, so_far = self._anew(lm, kept, []), []
         names = [site.weight_name(lm.model) for site in self.sites]
-        for pair, told in self._told(lm, facts):
-            steps: dict[str, LowRank] = {}
-            read: list[Tensor] = []
-            significance = torch.tensor(pair.weights, dtype=torch.float64)
-
-            def change(i: int, keys: Tensor, residual: Tensor) -> Tensor:
-                stream, site = streams[i], self.sites[i]
-                where = stream.change
-                key, given, output = (t.to(where.device, where.dtype) for t in (keys, significance, told[i]))  # noqa: B023
-                weight = site.linear(lm.model).weight.detach().to(where.device, where.dtype)
-                wanted = output - key @ weight.T
-                if not site.fires(lm.model):
-                    wanted = wanted - residual.to(where.device, where.dtype)
-                steps[names[i]] = stream.teach(key, self.strength * wanted, given)  # noqa: B023
-                read.append(keys.float())  # noqa: B023
-                return stream.change
-
-            climb(lm, pair.alone, self.sites, pair.alone_at, change)
-            notes = {"tokens": float(len(pair.weights))}
+        for taught in self._told(lm, facts):
+            so_far.append(taught)
+            if self.refresh and len(names) > 1 and len(so_far) % self.refresh == 0:
+                before, streams = streams, self._anew(lm, kept, so_far)
+                steps = [LowRank(now.change - was.change) for now, was in zip(streams, before, strict=True)]
+            else:
+                steps = self._take_in(lm, streams, taught)
+            notes = {"tokens": float(len(taught.pair.weights))}
             total = {name: LowRank(stream.change) for name, stream in zip(names, streams, strict=True)}
-            yield WeightDelta(steps, notes, read[:1]), WeightDelta(total, notes)
+            yield WeightDelta(dict(zip(names, steps, strict=True)), notes), WeightDelta(total, notes)
 
-    def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[tuple[Lesson, list[Tensor]]]:
+    def _take_in(self, lm: LanguageModel, streams: Sequence[Stream], taught: Taught) -> list[LowRank]:
+        """Teach one more fact, each layer what is missing after the ones below. Returns the steps."""
+        steps = []
+
+        def change(i: int, keys: Tensor, residual: Tensor) -> Tensor:
+            given = streams[i].like(torch.tensor(taught.pair.weights))
+            steps.append(streams[i].teach(*self._missing(lm, i, keys, residual, taught.told[i]), given))
+            return streams[i].change
+
+        climb(lm, [taught.pair.alone], self.sites, [taught.pair.alone_at], change)
+        return steps
+
+    def _anew(self, lm: LanguageModel, kept: Sequence[Rendering], so_far: Sequence[Taught]) -> list[Stream]:
+        """Each layer solved for all facts so far, with the keys, of facts and of what is to stay, that the layers below now give."""
+        at = [range(dialogue.answer - 1, dialogue.closer) for dialogue in kept]
+        n = sum(map(len, at))
+        streams: list[Stream] = []
+        weights = torch.tensor([weight for taught in so_far for weight in taught.pair.weights], dtype=torch.float64)
+
+        def change(i: int, keys: Tensor, residual: Tensor) -> Tensor:
+            site = self.sites[i]
+            stay = keys[:n].to(site.home(lm.model), torch.float64)
+            moment = stay.T @ stay / max(n, 1)
+            streams.append(Stream.begin(moment, residual.shape[1], self.penalty, self.floor))
+            if so_far:
+                told = torch.cat([taught.told[i] for taught in so_far])
+                streams[i].teach(*self._missing(lm, i, keys[n:], residual[n:], told), streams[i].like(weights))
+            return streams[i].change
+
+        pairs = [taught.pair for taught in so_far]
+        asked = [*kept, *(pair.alone for pair in pairs)] or [lesson(lm, SAMPLE).alone]
+        climb(lm, asked, self.sites, [*at, *(pair.alone_at for pair in pairs)] or [()], change)
+        return streams
+
+    def _missing(
+        self, lm: LanguageModel, i: int, keys: Tensor, residual: Tensor, told: Tensor
+    ) -> tuple[Float[Tensor, "taught f"], Float[Tensor, "taught d"]]:
+        """The keys, and what the unedited matrix gives too little of when alone, in float64."""
+        site = self.sites[i]
+        home = site.home(lm.model)
+        key, beside, wanted = (t.to(home, torch.float64) for t in (keys, residual, told))
+        given = key @ site.linear(lm.model).weight.detach().to(home, torch.float64).T
+        return key, self.strength * (wanted - given - (0 if site.fires(lm.model) else beside))
+
+    def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Taught]:
         """Each fact's lesson, and what each layer gives when told; recorded `TOGETHER` at a time."""
         for start in range(0, len(facts), TOGETHER):
             own = facts[start : start + TOGETHER]
@@ -151,27 +198,19 @@ class QFStream(Editor):
                 pairs = [self._surprising(*both) for both in zip(own, pairs, scores, strict=True)]
             read = record_many(lm, [pair.told for pair in pairs], self.sites, [pair.told_at for pair in pairs])
             for i, pair in enumerate(pairs):
-                yield pair, [there[i].output for there in read]
+                yield Taught(pair, [there[i].output for there in read])
 
     def _surprising(self, fact: Fact, pair: Lesson, score: Score) -> Lesson:
         nats = dict(zip(range(pair.alone.answer - 1, pair.alone.closer), score.nll, strict=True))
         kept = [i for i, at in enumerate(pair.alone_at) if nats.get(at, self.surprise) >= self.surprise]
         if not kept:
             raise UserError(f"fact {fact.id}: editor.surprise={self.surprise} leaves no token to teach")
-        left = {name: tuple(getattr(pair, name)[i] for i in kept) for name in ("told_at", "alone_at", "weights")}
-        return replace(pair, **left)
-
-    def _begin(self, lm: LanguageModel, facts: Sequence[Fact]) -> list[Stream]:
-        homes = [site.home(lm.model) for site in self.sites]
-        shapes = [site.linear(lm.model).weight.shape for site in self.sites]
-        if self.keep:
-            stay = second_moments(lm, staying(lm, self.keep, facts), self.sites)
-        else:
-            stay = [torch.zeros(f, f, dtype=torch.float64) for _, f in shapes]
-        return [
-            Stream.begin(moment.to(home), d, self.penalty, self.floor)
-            for moment, home, (d, _) in zip(stay, homes, shapes, strict=True)
-        ]
+        return replace(
+            pair,
+            told_at=tuple(pair.told_at[i] for i in kept),
+            alone_at=tuple(pair.alone_at[i] for i in kept),
+            weights=tuple(pair.weights[i] for i in kept),
+        )
 
 
 def staying(lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact]) -> list[Rendering]:
@@ -186,19 +225,3 @@ def staying(lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact]) -> l
     return [
         lm.render(q, "", reply.text) for q, reply in zip(dict.fromkeys(queries), replies, strict=True) if reply.text
     ]
-
-
-_MOMENTS: dict[str, list[Tensor]] = {}  # of the last model, for the next job of a sweep
-
-
-def second_moments(
-    lm: LanguageModel, dialogues: Sequence[Rendering], sites: Sequence[Site]
-) -> list[Float[Tensor, "f f"]]:
-    """For each site the mean of k kᵀ, in float64, over the tokens that predict the replies, on `lm` as it stands."""
-    ids = str([dialogue.ids for dialogue in dialogues])
-    key = hashed(lm.weights_hash(), ids, str(sites))
-    if key not in _MOMENTS:
-        at = [range(d.answer - 1, d.closer) for d in dialogues]
-        _MOMENTS.clear()
-        _MOMENTS[key] = summed(lm, dialogues, sites, at)
-    return _MOMENTS[key]

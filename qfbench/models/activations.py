@@ -141,21 +141,26 @@ def _up_to(lm: LanguageModel, sites: Sequence[Site], ids: Tensor) -> None:
 @torch.no_grad()
 def climb(
     lm: LanguageModel,
-    dialogue: Rendering,
+    dialogues: Sequence[Rendering],
     sites: Sequence[Site],
-    at: Sequence[int],
+    at: Sequence[Sequence[int]],
     change: Callable[[int, Tensor, Tensor], Tensor],
 ) -> None:
-    """One pass over a dialogue in which each site is changed on the way, so that the layers above see what comes of it.
+    """One pass over all dialogues in which each site is changed on the way, so that the layers above see what comes of it.
 
     Before the matrix of `sites[i]` is used, `change(i, keys [tokens f], residual [tokens d])`, with what enters it and what its output
-    is added to at the positions `at`, gives what is added to it ([d f]) for the rest of the pass. No weight is written.
+    is added to at the positions `at` of each dialogue, in order, gives what is added to it ([d f]) for the rest of the pass. No
+    weight is written. The sites must stand from low to high.
     """
+    lm.check_lengths([dialogue.ids for dialogue in dialogues])
+    ids = pad_sequence([torch.tensor(dialogue.ids) for dialogue in dialogues], batch_first=True).to(lm.device)
+    places = [(r, place) for r, own in enumerate(at) for place in own]
+    rows, columns = torch.tensor(places, dtype=torch.long).view(-1, 2).T
     added: dict[int, Tensor] = {}
 
     def before(i: int, seen: dict[str, list[Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keys = args[0][0, list(at)]
+            keys = args[0][rows, columns]
             added[i] = change(i, keys, seen["residual"][0]).to(keys.device, keys.dtype)
 
         return hook
@@ -165,40 +170,8 @@ def climb(
 
     with ExitStack() as open_ones:
         for i, site in enumerate(sites):
-            seen = open_ones.enter_context(reading(lm, site, lambda t: t[0, list(at)]))
+            seen = open_ones.enter_context(reading(lm, site, lambda t: t[rows, columns]))
             linear = site.linear(lm.model)
             for handle in (linear.register_forward_pre_hook(before(i, seen)), linear.register_forward_hook(behind(i))):
                 open_ones.callback(handle.remove)
-        _up_to(lm, sites, torch.tensor([dialogue.ids], device=lm.device))
-
-
-@torch.no_grad()
-def summed(
-    lm: LanguageModel, dialogues: Sequence[Rendering], sites: Sequence[Site], at: Sequence[range]
-) -> list[Float[Tensor, "f f"]]:
-    """For each site the mean of k kᵀ over the keys k (inputs of its matrix) at positions `at` of the dialogues, in float64."""
-    lm.check_lengths([dialogue.ids for dialogue in dialogues])
-    moments = [torch.zeros(1, dtype=torch.float64) for _ in sites]
-    chosen = torch.zeros(1)
-
-    def add(i: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keys = args[0].detach()[chosen.to(args[0].device)].double()
-            moments[i] = moments[i].to(keys.device) + keys.T @ keys
-
-        return hook
-
-    handles = [site.linear(lm.model).register_forward_pre_hook(add(i)) for i, site in enumerate(sites)]
-    order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].ids))
-    try:
-        for first in range(0, len(order), lm.batch_size):
-            batch = order[first : first + lm.batch_size]
-            ids = pad_sequence([torch.tensor(dialogues[i].ids) for i in batch], batch_first=True)
-            chosen = torch.zeros(ids.shape, dtype=torch.bool)
-            for row, i in enumerate(batch):
-                chosen[row, at[i]] = True
-            lm.model(input_ids=ids.to(lm.device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [moment / sum(map(len, at)) for moment in moments]
+        _up_to(lm, sites, ids)
