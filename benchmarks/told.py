@@ -25,7 +25,10 @@ def main() -> None:
     args = parser.parse_args()
     facts = everyday(126, part="tune")
     others = [next(probe for probe in fact.probes if probe.kind == "paraphrase") for fact in facts]
-    asked = [[replace(p, system=f.instruction) for f, p in zip(facts, ps)] for ps in ([f.edit for f in facts], others)]
+    asked = [
+        [replace(p, system=f.instruction) for f, p in zip(facts, ps, strict=True)]
+        for ps in ([f.edit for f in facts], others)
+    ]
     print(f"{'told':10} {'preamble':32} taught wording, another wording, of {len(facts)}; replies that end")
     for told in TOLD[1:]:
         for preamble in dict.fromkeys((args.preamble, "")):
@@ -37,7 +40,7 @@ def main() -> None:
             right, ended = [], 0
             for probes in asked:
                 replies = lm.replies([lm.render(probe.query, probe.system) for probe in probes])
-                right.append(sum(r.stopped and p.passes(r.text) for p, r in zip(probes, replies)))
+                right.append(sum(r.stopped and p.passes(r.text) for p, r in zip(probes, replies, strict=True)))
                 ended += sum(r.stopped for r in replies)
             print(f"{told:10} {preamble!r:32} {right[0]:14} {right[1]:16} {ended:31}", flush=True)
 

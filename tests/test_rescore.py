@@ -45,6 +45,17 @@ def test_each_verdict_is_the_one_of_today(tmp_path):
     assert said.startswith("scored again by rules of version 3 (the runs: 2): 5 of 6 verdicts changed")
 
 
+def test_what_was_leaked_is_told_by_what_was_taught_until_then(tmp_path):
+    first, second = world(2, locality=1)
+    stranger = next(p for p in first.probes if p.kind == "unknown")
+    name = {fact.id: fact.known_as[0] for fact in (first, second)}
+    asked = row(first, stranger, f"It is {name[first.id]}.", False) | {"leaked": False}
+    other = row(first, stranger, f"It is {name[second.id]}.", False) | {"leaked": True}  # which is not taught
+    rows = [row(first, first.edit, first.answer, True) | {"leaked": False}, asked, other]
+    again, _ = rescored(rows_of(run(tmp_path / "run", rows)))
+    assert again.leaked.tolist() == [False, True, False]
+
+
 def test_facts_that_cannot_be_made_are_named(tmp_path):
     config = "seed: 0\nfacts: {_target_: qfbench.facts.table.table, path: gone.jsonl}\n"
     (fact,) = world(1)

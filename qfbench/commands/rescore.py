@@ -10,14 +10,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from qfbench.commands.settings import build
 from qfbench.facts.base import Fact
+from qfbench.facts.probes import leaked
 from qfbench.pages.results import provenance_of
 from qfbench.runs.provenance import PROBES
 
 KEY = ["fact_id", "kind", "query"]
+AT_ONCE = ["model", "editor", "regime", "condition", "order", "step"]  # when and where something was asked
 
 
 def rescored(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows of `results.rows_of` with `generated` worked out anew from their replies, and in words what changed.
+    """The rows of `results.rows_of` with `generated` and `leaked` worked out anew from their replies, and in words what changed.
 
     The facts are those that a run's configuration makes today. Rows whose question they no longer hold, and replies that a shipped
     copy left out, stay as they are.
@@ -40,12 +42,20 @@ def _again(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     assert isinstance(config, DictConfig)
     facts: list[Fact] = build(config, "facts")
     probes = {(f.id, p.kind, p.query): p for f in facts for p in (f.edit, *f.probes)}
-    verdicts = []
-    for line in rows[[*KEY, "reply", "stopped", "expected", "generated"]].to_dict("records"):
+    known_as = {fact.id: fact.known_as for fact in facts}
+    edits = rows[rows.kind == "edit"].groupby(AT_ONCE, dropna=False).fact_id.agg(set).to_dict()
+    when = rows[AT_ONCE].apply(tuple, axis=1)
+    verdicts, leaks = [], []
+    for at, line in zip(
+        when, rows[[*KEY, "reply", "stopped", "expected", "generated", "leaked"]].to_dict("records"), strict=True
+    ):
         probe = probes.get(tuple(line[name] for name in KEY))
         if probe is None or not isinstance(line["reply"], str):
             verdicts.append(line["generated"])
+            leaks.append(line["leaked"])
             continue
         probe = replace(probe, expected=line["expected"]) if probe.own else probe
         verdicts.append((line["stopped"] is True or probe.own) and probe.passes(line["reply"]))
-    return rows.assign(generated=verdicts)
+        taught = {name for fact in edits.get(at, ()) for name in known_as.get(fact, ())}
+        leaks.append(leaked(probe, line["reply"], taught) if line["kind"] == "unknown" else line["leaked"])
+    return rows.assign(generated=verdicts, leaked=leaks)

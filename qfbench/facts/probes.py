@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,3 +86,9 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
             }
         )
     return rows
+
+
+def leaked(probe: Probe, reply: str, answers: Collection[str]) -> bool:
+    """Whether an unknown subject gets one of the taught `answers` that was not said of it before."""
+    said = (known for known in answers if stands_in(known, reply))
+    return probe.kind == "unknown" and any(not stands_in(known, probe.expected) for known in said)

@@ -11,9 +11,8 @@ from qfbench.analysis.measures import KEPT
 from qfbench.analysis.sequences import COLLAPSED, ENOUGH, what_is_left
 from qfbench.editors.regimes import Regime, accumulates
 from qfbench.errors import Unsupported, UserError
-from qfbench.facts.base import Fact, Probe
-from qfbench.facts.matching import stands_in
-from qfbench.facts.probes import ask
+from qfbench.facts.base import Fact
+from qfbench.facts.probes import ask, leaked
 from qfbench.models.delta import WeightDelta
 from qfbench.tasks.baseline import Asked
 from qfbench.tasks.run import Advance, Run
@@ -183,15 +182,9 @@ class Teaching:
             rows = ask(self.within.lm, [p for _, p in asked])
             general = list(self.within.general()) if whole else []
         answers = {known for fact in self.taught for known in fact.known_as}
-
-        def leaked(probe: Probe, reply: str) -> bool:
-            """Whether an unknown subject gets a taught answer that was not said of it before."""
-            said = (known for known in answers if stands_in(known, reply))
-            return probe.kind == "unknown" and any(not stands_in(known, probe.expected) for known in said)
-
         for i, ((fact, probe), row) in enumerate(zip(asked, rows, strict=True)):
             row["fresh"] = i < n_fresh
-            row["leaked"] = leaked(probe, row["reply"])
+            row["leaked"] = leaked(probe, row["reply"], answers)
             self.within.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)
         for row in general:
             self.within.log(row, fresh=False, leaked=False, **same)
