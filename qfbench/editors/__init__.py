@@ -4,6 +4,7 @@ from qfbench.editors.base import Editor
 from qfbench.editors.finetune import FineTune
 from qfbench.editors.qf import QF
 from qfbench.editors.qf2 import QF2
+from qfbench.editors.replay import Replay
 from qfbench.editors.stream import QFStream
 
-__all__ = ["QF", "QF2", "Editor", "FineTune", "QFStream"]
+__all__ = ["QF", "QF2", "Editor", "FineTune", "QFStream", "Replay"]

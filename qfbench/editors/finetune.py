@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -82,8 +83,8 @@ class FineTune(Editor):
     steps: int
     stop_at: float = 0.01
 
-    above_zero = ("lr", "steps")
-    not_negative = ("stop_at",)
+    above_zero: ClassVar[tuple[str, ...]] = ("lr", "steps")
+    not_negative: ClassVar[tuple[str, ...]] = ("stop_at",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +96,12 @@ class FineTune(Editor):
         return (Site(self.layer, "down_proj"),)
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
+        return self.trained(lm, facts)
+
+    def trained(
+        self, lm: LanguageModel, facts: Sequence[Fact], beside: Callable[[], Sequence[Rendering]] | None = None
+    ) -> WeightDelta:
+        """The change; at each step what the model says `beside`, in other dialogues, counts as much as the answers do."""
         (site,) = self.sites
         name = site.weight_name(lm.model)
         # Detached, so that only what stands above the site is kept for the gradient.
@@ -109,6 +116,10 @@ class FineTune(Editor):
             changed = {name: (weight + change).to(weight.dtype)}  # summed in the wider dtype of the two
             for at in range(0, len(dialogues), lm.batch_size):
                 yield summed_nll(lm, dialogues[at : at + lm.batch_size], fixed | changed) / tokens
+            if beside:
+                others = beside()
+                term = summed_nll(lm, others, fixed | changed) / sum(len(dialogue.reply) for dialogue in others)
+                yield term - term.detach()  # its gradient counts; when to stop is for the answers to say
 
         with torch.enable_grad():
             start = torch.zeros_like(weight, dtype=master)
