@@ -82,6 +82,13 @@ def test_prior_knowledge_begins_with_what_the_unedited_model_answers_and_has_a_b
         )
 
 
+def test_without_questions_of_prior_knowledge_its_panel_is_empty():
+    frame = RETAINED[RETAINED.kind == "edit"]
+    kept, prior = forgetting_curves(forgetting(frame), frame).axes
+    assert len(kept.collections) == 3
+    assert not prior.collections
+
+
 def test_forgetting_curves_of_several_editors_and_models_are_apart_and_named():
     first = RETAINED[RETAINED.regime == "sequential"]
     second = first.assign(editor="QF2", generated=~first.generated)

@@ -38,7 +38,8 @@ def forgetting_curves(curves: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         kept.fill_between(curve.step, curve.low, curve.high, color=look["color"], alpha=0.15, lw=0)
         known = left[(left.model == model) & (left.editor == editor) & (left.regime == regime)]
         prior.plot(known.step, known["mean"], **look)
-        prior.fill_between(known.step, known.low, known.high, color=look["color"], alpha=0.15, lw=0)
+        if len(known):
+            prior.fill_between(known.step, known.low, known.high, color=look["color"], alpha=0.15, lw=0)
         for axes in ability:
             own = questions[(questions.model == model) & (questions.editor == editor)]
             own = own[(own.condition == "unedited") | ((own.condition == "edited") & (own.regime == regime))]
