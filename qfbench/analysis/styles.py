@@ -17,6 +17,7 @@ STYLES: dict[str, Style] = {
     "QF protected": ("#009E73", "--", "^"),
     "QF2 sequential": ("#CC79A7", "-.", "D"),
     "QF2 joint": ("#56B4E9", ":", "v"),
+    "QFStream sequential": ("#1b1b6f", "-", "h"),
     "FineTune sequential": ("#E69F00", "-", "P"),
     "FineTune joint": ("#999999", "--", "X"),
 }
