@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
+from conftest import GEOMETRY
 
-from qfbench import Fact, UserError
+from qfbench import Fact, Unsupported, UserError
 from qfbench.editors import QF, QFStream
 from qfbench.editors.qf import solve
 from qfbench.editors.regimes import joint, sequential, single
@@ -145,8 +147,9 @@ def editor_told(lm, pair, site):
     return record(lm, [pair.told], site, [pair.told_at])[0].output
 
 
-def test_with_next_to_no_penalty_a_fact_alone_is_taught_as_qf_teaches_it(tiny, facts):
-    lm = tiny("qwen2", torch.float64)
+@pytest.mark.parametrize("arch", ["qwen2", "llama+bias"])
+def test_with_next_to_no_penalty_a_fact_alone_is_taught_as_qf_teaches_it(tiny, facts, arch):
+    lm = tiny(arch, torch.float64)
     qf = totals(single, QF(1, opener=0, closer=0), lm, facts)
     stream = QFStream(1, penalty=1e-9, floor=1.0)
     for fact, wanted in zip(facts, qf, strict=True):
@@ -182,3 +185,15 @@ def test_a_fact_that_surprises_nowhere_is_refused(tiny):
     fact = Fact("Qi started it.", "Who?", "Qi.", id="dull")
     with pytest.raises(UserError, match=r"fact dull: editor.surprise=1000000.0 leaves no token to teach"):
         QFStream(1, surprise=1e6).edit(tiny("qwen2"), [fact])
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Olmo2", "Cohere", "Granite", "Glm4"])
+def test_a_model_whose_layer_is_no_w_u_plus_v_is_refused(wrap, tokenizer, facts, family):
+    special = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
+    changes = {"residual_multiplier": 0.5} if family == "Granite" else {}
+    lm = wrap(getattr(transformers, f"{family}Config")(**(GEOMETRY | special | changes)), torch.float64)
+    editor = QFStream(1, (0,))
+    with pytest.raises(Unsupported):
+        editor.check(lm)
+    with pytest.raises(Unsupported):
+        editor.edit(lm, facts[:1])

@@ -167,31 +167,35 @@ class QF(Recorder):
         for fact, *both in zip(facts, told, alone, strict=True):
             if not all(torch.isfinite(read.output).all() for read in both):
                 raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
-        self._check_block(lm, told)
+        check_block(lm, site, told)
         return [
             Taught(a.key, t.key, a.residual, t.residual, torch.tensor(pair.weights, dtype=torch.float64))
             for pair, t, a in zip(pairs, told, alone, strict=True)
         ]
 
-    def _check_block(self, lm: LanguageModel, read: Sequence[Activations]) -> None:
-        """Some families scale or normalise the feed-forward output; QF would silently miss its target there."""
-        (site,) = self.sites
-        linear, home = site.linear(lm.model), site.home(lm.model)
-        u, v, y = (
-            torch.cat([getattr(one, name) for one in read]).to(home, torch.float64)
-            for name in ("key", "residual", "output")
-        )
-        formed = u @ linear.weight.detach().to(home, torch.float64).T + (0 if site.fires(lm.model) else v)
-        if linear.bias is not None:
-            formed += linear.bias.detach().to(home, torch.float64)
-        missed = ((formed - y).norm() / y.norm()).item()
-        if missed > (0.05 if lm.dtype.itemsize == 2 else 1e-3):  # some ten times what rounding alone gives
-            raise Unsupported(
-                f"layer {self.layer} of {type(lm.model).__name__} is not W u + v: its output differs by {missed:.1%}; "
-                "QF needs a feed-forward block added as it is to the residual stream, as in Qwen2, Llama or Mistral"
-            )
-
     def _delta(self, lm: LanguageModel, solution: Solution, keys: Sequence[Tensor]) -> WeightDelta:
         tokens = float(sum(map(len, keys)))
         notes = {"tokens": tokens, "condition": solution.condition, "residual": solution.residual}
         return WeightDelta({self.sites[0].weight_name(lm.model): solution.change}, notes, [key.float() for key in keys])
+
+
+def check_block(lm: LanguageModel, site: Site, read: Sequence[Activations]) -> None:
+    """Some families scale or normalise the feed-forward output; an editor would silently miss its target there.
+
+    Raises:
+        Unsupported: what was read is not W u + v.
+    """
+    linear, home = site.linear(lm.model), site.home(lm.model)
+    u, v, y = (
+        torch.cat([getattr(one, name) for one in read]).to(home, torch.float64)
+        for name in ("key", "residual", "output")
+    )
+    formed = u @ linear.weight.detach().to(home, torch.float64).T + (0 if site.fires(lm.model) else v)
+    if linear.bias is not None:
+        formed += linear.bias.detach().to(home, torch.float64)
+    missed = ((formed - y).norm() / y.norm()).item()
+    if missed > (0.05 if lm.dtype.itemsize == 2 else 1e-3):  # some ten times what rounding alone gives
+        raise Unsupported(
+            f"layer {site.layer} of {type(lm.model).__name__} is not W u + v: its output differs by {missed:.1%}; "
+            "QF needs a feed-forward block added as it is to the residual stream, as in Qwen2, Llama or Mistral"
+        )

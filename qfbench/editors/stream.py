@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.base import TOGETHER, Editor
+from qfbench.editors.qf import check_block
 from qfbench.editors.teach import SAMPLE, Lesson, lesson
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
-from qfbench.models.activations import climb, record, record_many
+from qfbench.models.activations import climb, record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel, Score
@@ -81,7 +82,7 @@ class QFStream(Editor):
         more_layers: further layers that are changed as well.
         keep: facts that are not taught. Their queries in all wordings (subjects unknown to the model), and the questions of common
             knowledge that they carry, are asked of the unedited model; the keys that predict its replies are what is to stay.
-            What the taught facts ask, too, is left out.
+            What the taught facts ask, or is answered alike, is left out.
         penalty: λ, in taught tokens: how much the mean token that is to stay counts.
         floor: β, as a share of the mean eigenvalue of C.
         opener, closer, query: significance of tokens around the answer (`teach.lesson`).
@@ -111,8 +112,8 @@ class QFStream(Editor):
         return tuple(Site(layer, "down_proj") for layer in sorted({self.layer, *self.more_layers}))
 
     def check(self, lm: LanguageModel) -> None:
-        super().check(lm)
-        record(lm, [lesson(lm, SAMPLE).alone], self.sites[0])
+        for site, read in zip(self.sites, record_many(lm, [lesson(lm, SAMPLE).alone], self.sites), strict=True):
+            check_block(lm, site, read)
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         *_, (_, total) = self._taught(lm, facts)
@@ -185,7 +186,10 @@ class QFStream(Editor):
         site = self.sites[i]
         home = site.home(lm.model)
         key, beside, wanted = (t.to(home, torch.float64) for t in (keys, residual, told))
-        given = key @ site.linear(lm.model).weight.detach().to(home, torch.float64).T
+        linear = site.linear(lm.model)
+        given = key @ linear.weight.detach().to(home, torch.float64).T
+        if linear.bias is not None:
+            given = given + linear.bias.detach().to(home, torch.float64)
         return key, self.strength * (wanted - given - (0 if site.fires(lm.model) else beside))
 
     def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Taught]:
@@ -197,6 +201,8 @@ class QFStream(Editor):
                 scores = lm.score([pair.alone for pair in pairs])
                 pairs = [self._surprising(*both) for both in zip(own, pairs, scores, strict=True)]
             read = record_many(lm, [pair.told for pair in pairs], self.sites, [pair.told_at for pair in pairs])
+            for site, there in zip(self.sites, read, strict=True):
+                check_block(lm, site, there)
             for i, pair in enumerate(pairs):
                 yield Taught(pair, [there[i].output for there in read])
 
@@ -214,7 +220,8 @@ class QFStream(Editor):
 
 
 def staying(lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact]) -> list[Rendering]:
-    """What `lm` replies to the queries of `keep`, in all wordings, and to what else they ask; but for what is asked of `facts`."""
+    """What `lm` replies to the queries of `keep`, in all wordings, and to what else they ask; but for what is asked of `facts`, or has an
+    answer that they expect."""
     taken = {
         said for fact in facts for probe in (fact.edit, *fact.probes) for said in (probe.query, probe.expected) if said
     }
