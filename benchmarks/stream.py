@@ -1,7 +1,8 @@
 """Seconds of an edit in a sequence, by `qf_stream` and by fine-tuning: CPU time of one thread, no question asked.
 
     python benchmarks/stream.py --edits 100
-    python benchmarks/stream.py --edits 20 model=smollm2-135m-instruct facts=everyday facts@editor.keep=everyday
+    python benchmarks/stream.py --edits 20 --editors finetune_replay
+    python benchmarks/stream.py --edits 20 --editors qf_stream model=smollm2-135m-instruct facts=everyday facts@editor.keep=everyday
 
 Further words are settings, as `qfbench` takes them. *Before the first* is what is done once: asking the unedited model what is to
 stay. The mean is over all edits, what is solved anew included.
@@ -47,8 +48,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     torch.set_num_threads(1)
     for name in args.editors:
-        ours = [o for o in overrides if not o.startswith(("facts@editor", "editor.")) or name == "qf_stream"]
-        measured(name, args.edits, ours)
+        measured(name, args.edits, overrides)
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def test_forgetting_curves_draw_retention_and_prior_of_each_regime():
 
 
 def test_prior_knowledge_begins_with_what_the_unedited_model_answers_and_has_a_band():
-    asked = rows("unedited", 0, "prior", True, True, True, True, True, False)
+    asked = rows("unedited", 0, "prior", True, True, True, False, True, False)  # the last two are not asked again
     frame = pd.concat([asked.assign(condition="unedited", editor="none"), RETAINED])
     frame = frame[frame.regime.isin(["unedited", "sequential"])]
     kept, prior = forgetting_curves(forgetting(frame), frame).axes
-    assert drawn(prior) == {"QF sequential": [[0, 5 / 6], [2, 0.75], [4, 0.25]]}
+    assert drawn(prior) == {"QF sequential": [[0, 0.75], [2, 0.75], [4, 0.25]]}
     for axes, steps in ((kept, {2, 4}), (prior, {0, 2, 4})):
         (band,) = axes.collections
         corners = band.get_paths()[0].vertices

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("sbatch") is None, reason="there is no Slurm here"),
 ]
 LAUNCH = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null", "threads=1"]
-LONG = ["-m", "experiment=retention", "model=world-xs", "regression=[none]", "facts.n=120", "commit_seconds=1"]
+LONG = ["-m", "experiment=retention", "model=world-xs", "regression=[none]", "facts.n=60", "commit_seconds=1"]
 LONG += ["task.retention.placebo=0", "editor.layer=1,2"]
 
 

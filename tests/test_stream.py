@@ -1,5 +1,7 @@
 """QF as a stream: the theorems of recursive least squares, and what is to stay."""
 
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -197,3 +199,33 @@ def test_a_model_whose_layer_is_no_w_u_plus_v_is_refused(wrap, tokenizer, facts,
         editor.check(lm)
     with pytest.raises(Unsupported):
         editor.edit(lm, facts[:1])
+
+
+def test_what_is_not_finite_is_named_by_layer_and_fact(tiny, facts):
+    lm = tiny("qwen2")
+    with torch.no_grad():
+        lm.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=f"layer 1, fact {facts[0].id}: an activation is not finite"):
+        QFStream(1).edit(lm, facts)
+
+
+def test_a_further_layer_that_is_not_there_is_named_by_its_own_setting(tiny):
+    with pytest.raises(UserError, match=r"editor.more_layers=\[0, 7\]: the model has layers 0 to 2"):
+        QFStream(1, (0, 7)).check(tiny("qwen2"))
+
+
+@pytest.mark.parametrize(("more", "refresh", "held"), [((), 2, 1), ((0,), 0, 1), ((0,), 2, 3)])
+def test_earlier_facts_are_held_only_where_they_are_to_be_solved_anew(tiny, facts, monkeypatch, more, refresh, held):
+    seen = []
+
+    def told(self, lm, said):
+        for taught in real(self, lm, said):
+            seen.append(weakref.ref(taught))
+            yield taught
+
+    real = QFStream._told
+    monkeypatch.setattr(QFStream, "_told", told)
+    alive = []
+    for _ in joint(QFStream(1, more, penalty=1.0, refresh=refresh), tiny("qwen2"), facts[:3]):
+        alive.append(sum(one() is not None for one in seen))
+    assert alive[-1] == held

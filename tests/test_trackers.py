@@ -9,7 +9,7 @@ import pytest
 from test_tracking import run
 
 from qfbench import UserError
-from qfbench.runs.trackers import WandB
+from qfbench.runs.trackers import WandB, headlines
 from qfbench.runs.tracking import About
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -203,3 +203,15 @@ def test_what_is_told_of_a_run_is_made_fit_for_wandb(wandb, tmp_path, monkeypatc
         {"seed": 0},
         tmp_path,
     )
+
+
+def test_a_summary_has_the_measures_of_edited_lines_and_no_differences():
+    who = {"model": "m", "editor": "QF"}
+    lines = [
+        who | {"regime": regime, "retention": value}
+        for regime, value in (("unedited", 0.0), ("joint", 0.4), ("placebo", 0.1))
+    ]
+    assert headlines(pd.DataFrame(lines)) == {"QF joint/retention": 0.4}
+    difference = who | {"regime": "joint", "editor_of": "QF2", "retention": -0.3}
+    assert headlines(pd.DataFrame([difference])) == {}
+    assert headlines(pd.DataFrame({"step": [1], "loss": [0.2]})) == {}

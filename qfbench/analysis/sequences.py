@@ -26,10 +26,12 @@ def forgetting(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def prior_kept(rows: pd.DataFrame) -> pd.DataFrame:
-    """Prior knowledge after n edits, in the columns of `forgetting`; after 0 edits what the unedited model answers."""
+    """Prior knowledge after n edits, in the columns of `forgetting`; after 0 edits what the unedited model answers of what is asked
+    later (what it does not know is not)."""
     asked = rows[rows.kind == "prior"]
     edited = asked[asked.condition == "edited"]
-    before = asked[asked.condition == "unedited"].drop(columns=["editor", "regime"])
+    later = edited[["model", "fact_id", "query"]].drop_duplicates()
+    before = asked[asked.condition == "unedited"].drop(columns=["editor", "regime"]).merge(later)
     each = edited[["model", "editor", "regime"]].drop_duplicates()
     return _by_step(pd.concat([before.merge(each, on="model").assign(step=0), edited]))
 

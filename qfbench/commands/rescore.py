@@ -44,11 +44,8 @@ def _again(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     probes = {(f.id, p.kind, p.query): p for f in facts for p in (f.edit, *f.probes)}
     known_as = {fact.id: fact.known_as for fact in facts}
     edits = rows[rows.kind == "edit"].groupby(AT_ONCE, dropna=False).fact_id.agg(set).to_dict()
-    when = rows[AT_ONCE].apply(tuple, axis=1)
     verdicts, leaks = [], []
-    for at, line in zip(
-        when, rows[[*KEY, "reply", "stopped", "expected", "generated", "leaked"]].to_dict("records"), strict=True
-    ):
+    for line in rows[[*KEY, *AT_ONCE, "reply", "stopped", "expected", "generated", "leaked"]].to_dict("records"):
         probe = probes.get(tuple(line[name] for name in KEY))
         if probe is None or not isinstance(line["reply"], str):
             verdicts.append(line["generated"])
@@ -56,6 +53,8 @@ def _again(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
             continue
         probe = replace(probe, expected=line["expected"]) if probe.own else probe
         verdicts.append((line["stopped"] is True or probe.own) and probe.passes(line["reply"]))
-        taught = {name for fact in edits.get(at, ()) for name in known_as.get(fact, ())}
+        taught = {
+            name for fact in edits.get(tuple(line[name] for name in AT_ONCE), ()) for name in known_as.get(fact, ())
+        }
         leaks.append(leaked(probe, line["reply"], taught) if line["kind"] == "unknown" else line["leaked"])
     return rows.assign(generated=verdicts, leaked=leaks)

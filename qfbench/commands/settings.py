@@ -197,9 +197,7 @@ def name_of(_root_: DictConfig) -> str:
     model = re.sub(r"[^\w.-]+", "-", Path(path).name) if choices.model == OWN else choices.model
     about = [model, choices.editor]
     for letter, place in (("L", "editor.layer"), ("n", "facts.n")):
-        with suppress(
-            OmegaConfBaseException, UserError
-        ):  # a setting is missing, or a model's folder: `build` will say which
+        with suppress(OmegaConfBaseException, UserError):  # as above, or a model's folder is missing
             value = OmegaConf.select(_root_, place)
             about += [] if value is None else [f"{letter}{value}"]
     return re.sub(r"[^\w.-]+", "-", "-".join([*about, digest]))

@@ -164,9 +164,8 @@ class QF(Recorder):
         site.fires(lm.model)  # refuses a half converted layer
         pairs = [lesson(lm, fact, self.opener, self.closer, query=self.query) for fact in facts]
         told, alone = record_pairs(lm, pairs, site)
-        for fact, *both in zip(facts, told, alone, strict=True):
-            if not all(torch.isfinite(read.output).all() for read in both):
-                raise FloatingPointError(f"layer {self.layer}, fact {fact.id}: an activation is not finite")
+        for read in (told, alone):
+            check_finite(site, facts, read)
         check_block(lm, site, told)
         return [
             Taught(a.key, t.key, a.residual, t.residual, torch.tensor(pair.weights, dtype=torch.float64))
@@ -177,6 +176,17 @@ class QF(Recorder):
         tokens = float(sum(map(len, keys)))
         notes = {"tokens": tokens, "condition": solution.condition, "residual": solution.residual}
         return WeightDelta({self.sites[0].weight_name(lm.model): solution.change}, notes, [key.float() for key in keys])
+
+
+def check_finite(site: Site, facts: Sequence[Fact], read: Sequence[Activations]) -> None:
+    """Refuse what was read of the dialogues of `facts`, one each, where it holds a NaN or an infinity.
+
+    Raises:
+        FloatingPointError: naming the first such fact.
+    """
+    for fact, one in zip(facts, read, strict=True):
+        if not torch.isfinite(one.output).all():
+            raise FloatingPointError(f"layer {site.layer}, fact {fact.id}: an activation is not finite")
 
 
 def check_block(lm: LanguageModel, site: Site, read: Sequence[Activations]) -> None:

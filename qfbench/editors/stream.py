@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.base import TOGETHER, Editor
-from qfbench.editors.qf import check_block
+from qfbench.editors.qf import check_block, check_finite
 from qfbench.editors.teach import SAMPLE, Lesson, lesson
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -24,7 +24,7 @@ from qfbench.models.activations import climb, record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel, Score
-from qfbench.models.sites import Site
+from qfbench.models.sites import Site, layers
 
 
 @dataclass
@@ -112,6 +112,10 @@ class QFStream(Editor):
         return tuple(Site(layer, "down_proj") for layer in sorted({self.layer, *self.more_layers}))
 
     def check(self, lm: LanguageModel) -> None:
+        highest = len(layers(lm.model)) - 1
+        for layer in self.more_layers:
+            if not 0 <= layer <= highest:
+                raise UserError(f"editor.more_layers={list(self.more_layers)}: the model has layers 0 to {highest}")
         for site, read in zip(self.sites, record_many(lm, [lesson(lm, SAMPLE).alone], self.sites), strict=True):
             check_block(lm, site, read)
 
@@ -131,12 +135,14 @@ class QFStream(Editor):
 
     def _taught(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[tuple[WeightDelta, WeightDelta]]:
         """For each fact its step, and the change so far. `lm` must be unedited whenever the next is asked for."""
-        kept = staying(lm, self.keep, facts)
-        streams, so_far = self._anew(lm, kept, []), []
+        kept, so_far = staying(lm, self.keep, facts), list[Taught]()
+        streams = self._anew(lm, kept, so_far)
         names = [site.weight_name(lm.model) for site in self.sites]
-        for taught in self._told(lm, facts):
-            so_far.append(taught)
-            if self.refresh and len(names) > 1 and len(so_far) % self.refresh == 0:
+        refresh = self.refresh if len(names) > 1 else 0
+        for n, taught in enumerate(self._told(lm, facts), start=1):
+            if refresh:
+                so_far.append(taught)
+            if refresh and n % refresh == 0:
                 before, streams = streams, self._anew(lm, kept, so_far)
                 steps = [LowRank(now.change - was.change) for now, was in zip(streams, before, strict=True)]
             else:
@@ -202,6 +208,7 @@ class QFStream(Editor):
                 pairs = [self._surprising(*both) for both in zip(own, pairs, scores, strict=True)]
             read = record_many(lm, [pair.told for pair in pairs], self.sites, [pair.told_at for pair in pairs])
             for site, there in zip(self.sites, read, strict=True):
+                check_finite(site, own, there)
                 check_block(lm, site, there)
             for i, pair in enumerate(pairs):
                 yield Taught(pair, [there[i].output for there in read])
@@ -226,9 +233,6 @@ def staying(lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact]) -> l
         said for fact in facts for probe in (fact.edit, *fact.probes) for said in (probe.query, probe.expected) if said
     }
     probes = [probe for fact in keep for probe in (fact.edit, *fact.probes) if not probe.system and not probe.needs]
-    queries = [probe.query for probe in probes if not taken & {probe.query, probe.expected}]
-    prompts = [lm.render(query) for query in dict.fromkeys(queries)]
-    replies = lm.replies(prompts)
-    return [
-        lm.render(q, "", reply.text) for q, reply in zip(dict.fromkeys(queries), replies, strict=True) if reply.text
-    ]
+    queries = list(dict.fromkeys(probe.query for probe in probes if not taken & {probe.query, probe.expected}))
+    replies = lm.replies([lm.render(query) for query in queries])
+    return [lm.render(query, "", r.text) for query, r in zip(queries, replies, strict=True) if r.text]

@@ -28,8 +28,9 @@ def needed(module: str, package: str) -> Any:
 
 
 def headlines(frame: pd.DataFrame) -> dict[str, float]:
-    """The measures of each edited line of a table of results, by `EDITOR REGIME/MEASURE`; nothing of other tables."""
-    if not {"editor", "regime"} <= set(frame):
+    """The measures of each edited line of a table of results, by `EDITOR REGIME/MEASURE`; nothing of other tables, nor of
+    differences."""
+    if not {"editor", "regime"} <= set(frame) or "editor_of" in frame:
         return {}
     lines = frame[~frame.regime.astype(str).str.contains("unedited|in_context|placebo")]
     if lines.duplicated(["editor", "regime"]).any():
