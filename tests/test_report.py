@@ -404,6 +404,18 @@ def test_a_study_is_one_page_with_its_own_tables_and_figures(study):
     assert [line["seed"] for line in runs] == ["0", "1", "0", "1"]
 
 
+def test_the_page_of_a_sweep_shows_its_own_runs_alone(study):
+    own = study / "study"
+    (own / "runs.txt").write_text("../run-10\n../run-21\n")
+    assert results.folders(own) == [study / "run-10", study / "run-21"]
+    shown = Page(page(own))
+    assert [line["run"] for line in shown.lines("provenance", 1)] == ["run-10", "run-21"]
+    assert shown.lines("stored") == [{"layer": "1", "prior": "0.50 ± 0.50"}]
+    (own / "runs.txt").write_text("../run-10\n../run-30\n")
+    with pytest.raises(UserError, match=r"runs.txt: names .*run-30, which holds no run"):
+        results.folders(own)
+
+
 def test_provenance_says_how_to_measure_it_again(text):
     said = Page(text)
     assert "qfbench experiment=retention 'regime=[sequential,joint]'" in said.words["provenance"]

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 LAUNCH = ["hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null", "threads=1"]
 LONG = ["-m", "experiment=retention", "model=world-xs", "regression=[none]", "facts.n=60", "commit_seconds=1"]
-LONG += ["task.retention.placebo=0", "editor.layer=1,2"]
+LONG += ["task.retention.placebo=0", "task.retention.every=1", "editor.layer=1,2"]
 
 
 def start(folder, *arguments):

@@ -18,6 +18,7 @@ from qfbench.analysis.rows import regular
 from qfbench.commands import study
 from qfbench.commands.settings import CONF
 from qfbench.commands.study import passed_on, planned, settings
+from qfbench.pages import results
 from qfbench.pages.study import core
 
 
@@ -179,9 +180,10 @@ def test_one_command_measures_all_goes_on_where_it_was_and_ends_with_its_tables(
     assert len(table) == 4
     assert set(table.editor) == {"qf_answer_only", "finetune"}
     assert set(table.edits) == {1, 2}
-    assert "qfbench-report outputs/study" in out
+    assert "the page: qfbench-report outputs/study/study\n" in out
     runs = {path: path.stat().st_mtime_ns for path in folder.glob("*/rows.parquet")}
     assert len(runs) == 2
+    assert results.folders(folder / "study") == sorted(path.parent for path in runs)
     gone = next(iter(runs)).parent
     progress = json.loads((gone / "progress.json").read_text())
     code, out, err = command(tmp_path, "study.reckon=false")

@@ -46,8 +46,7 @@ class AtTheEnd(Callback):
             return
         other = sorted(one for one in base if not one.startswith("experiment="))
         if study := self.study(results.retention(*runs)):
-            study.save(folder / "_".join(["study", *map(_plain, other)]), out)
-            out.print(f"the page: qfbench-report {folder}", markup=False, soft_wrap=True)
+            study.save(folder / "_".join(["study", *map(_plain, other)]), out, runs)
 
 
 def _overrides(folder: Path) -> list[str]:

@@ -260,5 +260,5 @@ def conclude(jobs: Sequence[Job], axes: Axes, folder: Path, out: Console) -> Non
         return
     rows = results.retention(*(job.folder for job in ended))
     about = pd.DataFrame([{"model": j.model, "editor": j.editor, "layer": j.layer, "lr": j.lr} for j in ended])
-    core(rows, about.set_index(pd.Index([str(job.folder) for job in ended])), axes.edits).save(folder / "study", out)
-    out.print(f"the page: qfbench-report {folder}", markup=False, soft_wrap=True)
+    study = core(rows, about.set_index(pd.Index([str(job.folder) for job in ended])), axes.edits)
+    study.save(folder / "study", out, [job.folder for job in ended])

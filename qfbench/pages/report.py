@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ Combinations = Sequence[tuple[dict[str, Any], pd.DataFrame]]  # `results.groups`
 
 
 def page(folder: str | Path) -> str:
-    """The page of the run in `folder`, or of all runs below it with what a study left in `folder/study`.
+    """The page of the run in `folder`, of all runs below it with what a study left in `folder/study`, or of the study in `folder`.
 
     Raises:
         UserError: there is no run, or a file of one cannot be read.
@@ -191,7 +192,7 @@ def _uri(image: bytes, kind: str) -> str:
 
 def _name(run: Path, folder: Path) -> str:
     """A run's name on the page: its path below the folder that is shown."""
-    return run.name if run == folder else str(run.relative_to(folder))
+    return run.name if run == folder else os.path.relpath(run, folder).removeprefix(f"..{os.sep}")
 
 
 def _label(settings: Mapping[str, Any]) -> str:
@@ -235,13 +236,17 @@ def _others(folder: Path, found: Sequence[Path]) -> list[Path]:
     """Tables that are not worked out anew from rows: of the study, and of a single run's other tasks."""
     own = list(found[0].glob("*.csv")) if len(found) == 1 else []
     own = [path for path in own if path.stem not in ("retention", "compared", "sequences", "regression")]
-    return sorted((folder / "study").glob("*.csv")) + sorted(own)
+    return sorted(_study(folder).glob("*.csv")) + sorted(own)
 
 
 def _pictures(folder: Path, found: Sequence[Path]) -> list[Path]:
     own = list((found[0] / "figures").glob("*.png")) if len(found) == 1 else []
     own = [path for path in own if path.stem not in OF_SEQUENCES]
-    return sorted((folder / "study").glob("*.png")) + sorted(own)
+    return sorted(_study(folder).glob("*.png")) + sorted(own)
+
+
+def _study(folder: Path) -> Path:
+    return folder if (folder / results.RUNS).exists() else folder / "study"
 
 
 def _stored(path: Path) -> dict[str, Any]:

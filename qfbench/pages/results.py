@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,15 +26,23 @@ from qfbench.runs.ledger import MADE_OF, Ledger
 from qfbench.runs.provenance import SAME
 
 
+RUNS = "runs.txt"  # in the folder of a study: its runs, a line each, by their paths from there
+
+
 def folders(*paths: str | Path) -> list[Path]:
-    """The runs in `paths` and below, in order.
+    """The runs in `paths` and below, and those of studies whose folders are given, in order.
 
     Raises:
         UserError: one of them holds none.
     """
     found: set[Path] = set()
     for path in paths:
-        own = {p.parent for p in Path(path).expanduser().rglob("rows.parquet")}
+        folder = Path(path).expanduser()
+        listed = (folder / RUNS).read_text(encoding="utf-8").splitlines() if (folder / RUNS).is_file() else []
+        own = {Path(os.path.normpath(folder / line)) for line in listed}
+        if gone := [run for run in sorted(own) if not (run / "rows.parquet").exists()]:
+            raise UserError(f"{folder / RUNS}: names {gone[0]}, which holds no run")
+        own |= {p.parent for p in folder.rglob("rows.parquet")}
         if not own:
             raise UserError(f"{path}: holds no run (a folder with rows.parquet and provenance.json)")
         found |= own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,11 @@ class Study:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     verdict: str = ""
 
-    def save(self, folder: Path, console: Console) -> None:
+    def save(self, folder: Path, console: Console, runs: Sequence[Path] = ()) -> None:
+        """Write all to `folder`, and print the first table. With `runs` the folder names them, so that it can be shown as a page."""
         folder.mkdir(parents=True, exist_ok=True)
+        if runs:
+            (folder / results.RUNS).write_text("".join(f"{os.path.relpath(run, folder)}\n" for run in runs), "utf-8")
         for name, table in self.tables.items():
             table.to_csv(folder / f"{name}.csv", index=False)
         for name, figure in self.figures.items():
@@ -39,6 +43,8 @@ class Study:
         if self.verdict:
             console.print(self.verdict, markup=False, soft_wrap=True)
         console.print(f"study: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
+        if runs:
+            console.print(f"the page: qfbench-report {folder}", markup=False, soft_wrap=True)
 
 
 def sweep(rows: pd.DataFrame) -> Study | None:

@@ -202,7 +202,7 @@ def taught(run: Run, sequences: Sequence[Teaching]) -> None:
             sequence.run(advance)
 
 
-def checkpoints(n: int, every: int | Sequence[int] | None, dense: int = 50, ratio: float = 1.2) -> set[int]:
+def checkpoints(n: int, every: int | Sequence[int] | None, dense: int = 20, ratio: float = 1.2) -> set[int]:
     """The edits after which all is asked, of 1 to `n`: each `every`-th, or those named, and the last; None: each up to `dense`,
     then ever fewer."""
     if every is not None and min([every] if isinstance(every, int) else every, default=1) < 1:
