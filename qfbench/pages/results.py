@@ -25,7 +25,6 @@ from qfbench.runs.identity import NOT_MEASURED, placeless
 from qfbench.runs.ledger import MADE_OF, Ledger
 from qfbench.runs.provenance import SAME
 
-
 RUNS = "runs.txt"  # in the folder of a study: its runs, a line each, by their paths from there
 
 
