@@ -29,7 +29,7 @@ COMMON = ["cache=null", "threads=1"]
 MAIN = "import sys, importlib.util as u; sys.argv[0] = 'qfbench'\n"
 MAIN += "name = 'qfbench.commands.run' if u.find_spec('qfbench.commands') else 'qfbench.run'\n"
 MAIN += "__import__(name, fromlist=['main']).main()"
-RETENTION = ["experiment=retention", "task.retention.placebo=0", "regime=[sequential]"]
+RETENTION = ["experiment=retention", "task.retention.every=1", "task.retention.placebo=0", "regime=[sequential]"]
 CASES = {
     "quickstart": [],
     "sequential": [*RETENTION, "model=world-s", "facts.n=24"],

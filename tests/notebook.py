@@ -42,6 +42,9 @@ class Notebook(LanguageModel):
     def answer(self, prompts, rated, at_once=None):
         return self.replies(prompts), self.score(rated)
 
+    def answer_each(self, asked):
+        return [self.answer(*part) for part in asked]
+
     def score(self, dialogues):
         return [
             Score((1.0,), (reply.text == d[2],)) for reply, d in zip(self.replies(dialogues), dialogues, strict=True)
@@ -69,7 +72,8 @@ class Note(Editor):
 
     @property
     def sites(self):
-        return (type("Place", (), {"layer": self.layer, "home": lambda _, model: model.weight.device})(),)
+        known = {"layer": self.layer, "home": lambda _, model: model.weight.device, "weight_name": lambda *_: "weight"}
+        return (type("Place", (), known)(),)
 
     def check(self, lm):
         """Nothing: it writes in every notebook."""

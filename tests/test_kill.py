@@ -43,7 +43,18 @@ class Note(notebook.Note):
 
     @property
     def sites(self):
-        return (type("Place", (), {"layer": self.layer, "block": lambda *_: None, "home": lambda *_: "cpu"})(),)
+        return (
+            type(
+                "Place",
+                (),
+                {
+                    "layer": self.layer,
+                    "block": lambda *_: None,
+                    "home": lambda *_: "cpu",
+                    "weight_name": lambda *_: "weight",
+                },
+            )(),
+        )
 
 
 def settings(**task):

@@ -10,7 +10,7 @@ from typing import Any
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.matching import stands_in
-from qfbench.models.lm import LanguageModel, Reply
+from qfbench.models.lm import LanguageModel, Reply, Score
 
 Row = dict[str, Any]
 
@@ -59,13 +59,31 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
     own reply: what the suite holds to be true stands in the reply); None elsewhere.
     A reply that is exact is the reference, to the letter.
     """
-    dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
-    pairs = [lm.render(p.query, p.system, reply) for p in probes for reply in p.prefer or ()]
-    once = list(dict.fromkeys(dialogues + pairs))  # a reference is often one of the two replies
-    replies, rated = lm.answer(dialogues, once)
-    by_dialogue = dict(zip(once, rated, strict=True))
-    compared = iter([sum(by_dialogue[d].nll) / len(by_dialogue[d].nll) for d in pairs])
-    scores = [by_dialogue[d] for d in dialogues]
+    return ask_each(lm, [probes])[0]
+
+
+def ask_each(lm: LanguageModel, parts: Sequence[Sequence[Probe]]) -> list[list[Row]]:
+    """What `ask` gives of each of `parts`: of the i-th under the i-th of the changes that are open side by side
+    (`delta.each_applied_to`)."""
+    asked = []
+    for probes in parts:
+        dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]
+        pairs = [lm.render(p.query, p.system, reply) for p in probes for reply in p.prefer or ()]
+        once = list(dict.fromkeys(dialogues + pairs))  # a reference is often one of the two replies
+        asked.append((dialogues, pairs, once))
+    answers = lm.answer_each([(dialogues, once) for dialogues, _, once in asked])
+    return [
+        _rows(probes, replies, [known[d] for d in dialogues], [known[d] for d in pairs])
+        for probes, (dialogues, pairs, once), (replies, rated) in zip(parts, asked, answers, strict=True)
+        for known in [dict(zip(once, rated, strict=True))]
+    ]
+
+
+def _rows(
+    probes: Sequence[Probe], replies: Sequence[Reply], scores: Sequence[Score], rivals: Sequence[Score]
+) -> list[Row]:
+    """`scores` are of the references, `rivals` of the pairs of replies that probes prefer between."""
+    compared = iter([sum(score.nll) / len(score.nll) for score in rivals])
     rows = []
     for i, (probe, score) in enumerate(zip(probes, scores, strict=True)):
         reply = Reply(probe.expected, True) if probe.expected and score.exact else replies[i]

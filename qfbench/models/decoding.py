@@ -23,6 +23,7 @@ class Decoded:
     prompt: Tokens
     path: list[int]
     heard: Sequence[Tokens]  # what may be said again
+    change: int  # of weights, under which it is decoded
     ended: bool | None = None  # None: it goes on
     fed: int = 0
     trust: int = GUESS
@@ -46,8 +47,9 @@ class Decoded:
         return right
 
 
-def decode(cut: Cut, replies: Sequence[Decoded], cache: DynamicCache, ending: Ending) -> None:
-    """Decode all to their ends. `cache` holds the prompts, padded at the right, in all layers.
+def decode(cut: Cut, replies: Sequence[Decoded], cache: DynamicCache, ending: Ending, rows: list[int]) -> None:
+    """Decode all to their ends. `cache` holds the prompts, padded at the right, in all layers; `rows` is given the change of
+    each row of a pass.
 
     Slots of keys that stand for nothing (padding, guesses that were wrong) stay in the cache, and are masked.
 
@@ -58,6 +60,7 @@ def decode(cut: Cut, replies: Sequence[Decoded], cache: DynamicCache, ending: En
     lengths = torch.tensor([[len(reply.prompt)] for reply in left])
     valid = torch.arange(int(lengths.max()))[None] < lengths
     while left:
+        rows[:] = [reply.change for reply in left]
         tried = [reply.tried(ending) for reply in left]
         feeds = [tokens[reply.fed :] for tokens, reply in zip(tried, left, strict=True)]
         width = max(map(len, feeds))

@@ -64,6 +64,8 @@ class LanguageModel:
     preamble: str = ""
     # Weights that hold a change now (`WeightDelta.applied_to`), and states of the layers below them.
     changed: list[str] = field(default_factory=list, repr=False, compare=False)
+    # Of several changes that are open side by side (`delta.each_applied_to`), the one that each row of a pass is under.
+    rows: list[int] = field(default_factory=list, repr=False, compare=False)
     states: States = field(default_factory=States, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -184,32 +186,44 @@ class LanguageModel:
             UserError: a dialogue is longer than the model has positions.
             FloatingPointError: a logit is not finite.
         """
-        self.check_lengths([r.prompt for r in prompts], self.max_new_tokens)
-        self.check_lengths([r.ids for r in rated])
-        questions: dict[Tokens, Question] = {r.prompt: Question(r.prompt) for r in prompts}
-        for r in rated:
-            asked = questions.get(r.prompt, Question(r.prompt, reply=False))
-            if r.reply not in asked.rated:
-                asked = replace(asked, rated=(*asked.rated, r.reply))
-            questions[r.prompt] = asked
-        answers = self._answers(list(questions.values()), at_once or self.batch_size)
-        said = [answers[r.prompt] for r in prompts]
-        texts = self.tokenizer.batch_decode([list(a.said) for a in said], skip_special_tokens=True) if said else []
-        scores = []
-        for r in rated:
-            nll, hit = answers[r.prompt].rated[questions[r.prompt].rated.index(r.reply)]
-            scores.append(Score(tuple(nll), tuple(hit)))
-        return [Reply(text.strip(), a.ended) for text, a in zip(texts, said, strict=True)], scores
+        return self.answer_each([(prompts, rated)], at_once)[0]
 
-    def _answers(self, questions: Sequence[Question], size: int) -> dict[Tokens, Answer]:
+    def answer_each(
+        self, asked: Sequence[tuple[Sequence[Rendering], Sequence[Rendering]]], at_once: int | None = None
+    ) -> list[tuple[list[Reply], list[Score]]]:
+        """What `answer` gives of each pair of prompts and complete dialogues: of the i-th under the i-th of the changes that are
+        open side by side (`delta.each_applied_to`)."""
+        questions: dict[tuple[int, Tokens], Question] = {}
+        for i, (prompts, rated) in enumerate(asked):
+            self.check_lengths([r.prompt for r in prompts], self.max_new_tokens)
+            self.check_lengths([r.ids for r in rated])
+            questions |= {(i, r.prompt): Question(r.prompt, change=i) for r in prompts}
+            for r in rated:
+                known = questions.get((i, r.prompt), Question(r.prompt, reply=False, change=i))
+                if r.reply not in known.rated:
+                    known = replace(known, rated=(*known.rated, r.reply))
+                questions[i, r.prompt] = known
+        answers = self._answers(list(questions.values()), at_once or self.batch_size)
+        out = []
+        for i, (prompts, rated) in enumerate(asked):
+            said = [answers[i, r.prompt] for r in prompts]
+            texts = self.tokenizer.batch_decode([list(a.said) for a in said], skip_special_tokens=True) if said else []
+            scores = []
+            for r in rated:
+                nll, hit = answers[i, r.prompt].rated[questions[i, r.prompt].rated.index(r.reply)]
+                scores.append(Score(tuple(nll), tuple(hit)))
+            out.append(([Reply(text.strip(), a.ended) for text, a in zip(texts, said, strict=True)], scores))
+        return out
+
+    def _answers(self, questions: Sequence[Question], size: int) -> dict[tuple[int, Tokens], Answer]:
         longest = max((len(q.prompt) + sum(map(len, q.rated)) for q in questions), default=0) + self.max_new_tokens
         way: Suffix | Whole
         if divides(self.model, longest):
-            way = Suffix(self.model, self._lowest_change(), self.states, self.ending)
+            way = Suffix(self.model, self._lowest_change(), self.states, self.ending, self.rows)
         else:
-            way = Whole(self.model, self.ending)
+            way = Whole(self.model, self.ending, self.rows)
         try:
-            return {q.prompt: answer for q, answer in in_batches(way.answer, questions, size)}
+            return {(q.change, q.prompt): answer for q, answer in in_batches(way.answer, questions, size)}
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from error
 

@@ -28,8 +28,9 @@ class Suffix:
     The `_version` of a weight counts its changes in place; states of weights that have changed since are not used.
     """
 
-    def __init__(self, model: Any, layer: int, states: States, ending: Ending):
+    def __init__(self, model: Any, layer: int, states: States, ending: Ending, rows: list[int] | None = None):
         self.cut, self.layer, self.states, self.ending = Cut(model, layer), layer, states, ending
+        self.rows = [] if rows is None else rows  # under which change each row of the pass that runs now is asked
         if layer:
             states.valid_for(layer, list(self.cut.bottom.parameters()))
 
@@ -41,6 +42,7 @@ class Suffix:
             FloatingPointError: a logit is not finite.
         """
         trees = [self._tree(q) for q in questions]
+        self.rows[:] = [q.change for q in questions]
         cache = DynamicCache() if any(q.reply for q in questions) else None
         greedy, rated = self._read(self._over(trees, cache), trees, questions)
         answers: list[tuple[list[int], bool | None]] = []
@@ -51,7 +53,7 @@ class Suffix:
             answers.append((path, ended))
         unfinished = {r: path for r, (path, ended) in enumerate(answers) if ended is None}
         if cache is not None and unfinished:
-            for r, reply in self._decode(trees, unfinished, cache).items():
+            for r, reply in self._decode(questions, trees, unfinished, cache).items():
                 answers[r] = reply.path, reply.ended
         return [Answer(rated[r], tuple(path), bool(ended)) for r, (path, ended) in enumerate(answers)]
 
@@ -87,7 +89,8 @@ class Suffix:
         if not self.layer:
             return self.cut.below(ids, positions, mask, None)
         kept = self.states.hidden
-        missing = [r for r, tree in enumerate(trees) if any((tree.prompt, b) not in kept for b in ((), *tree.branches))]
+        once = {(tree.prompt, tree.branches): r for r, tree in enumerate(trees)}
+        missing = [r for (prompt, branches), r in once.items() if any((prompt, b) not in kept for b in ((), *branches))]
         made = {}
         if missing:
             cache = DynamicCache() if keys else None
@@ -143,14 +146,16 @@ class Suffix:
             rated.append(scores)
         return greedy, rated
 
-    def _decode(self, trees: Sequence[Tree], paths: dict[int, list[int]], cache: DynamicCache) -> dict[int, Decoded]:
+    def _decode(
+        self, questions: Sequence[Question], trees: Sequence[Tree], paths: dict[int, list[int]], cache: DynamicCache
+    ) -> dict[int, Decoded]:
         """Decode on after what is said already (`paths`, by row); each reply is the next draft."""
         replies = {}
         for r, path in paths.items():
             prompt, branches = trees[r].prompt, trees[r].branches
-            replies[r] = Decoded(prompt, path, [self.states.said.get(prompt, ()), *branches])
+            replies[r] = Decoded(prompt, path, [self.states.said.get(prompt, ()), *branches], questions[r].change)
         resumed = self._resumed([reply.prompt for reply in replies.values()], list(paths), cache)
-        decode(self.cut, list(replies.values()), resumed, self.ending)
+        decode(self.cut, list(replies.values()), resumed, self.ending, self.rows)
         for reply in replies.values():
             states = torch.cat(reply.entered) if self.layer else None
             self.states.say(reply.prompt, tuple(reply.path[: reply.fed]), states)

@@ -17,11 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, replies to rate after it (the token that ends the turn included), and whether its greedy reply is wanted."""
+    """A prompt, replies to rate after it (the token that ends the turn included), and whether its greedy reply is wanted.
+
+    `change` says under which of several changes of weights it is asked (`delta.each_applied_to`).
+    """
 
     prompt: Tokens
     rated: tuple[Tokens, ...] = ()
     reply: bool = True
+    change: int = 0
 
 
 @dataclass(frozen=True)

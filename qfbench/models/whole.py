@@ -16,8 +16,9 @@ from qfbench.models.tree import Answer, Ending, Question, Tokens, walk
 class Whole:
     """Answers as `Suffix` gives them, by one teacher-forced pass for rated replies and one pass for each token of a reply."""
 
-    def __init__(self, model: Any, ending: Ending):
+    def __init__(self, model: Any, ending: Ending, rows: list[int] | None = None):
         self.model, self.ending = model, ending
+        self.rows = [] if rows is None else rows  # as in `Suffix`
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
@@ -27,6 +28,7 @@ class Whole:
             FloatingPointError: a logit is not finite.
         """
         pairs = [(q.prompt, reply) for q in questions for reply in q.rated]
+        self.rows[:] = [q.change for q in questions for _ in q.rated]
         scores = iter(self._rate(pairs) if pairs else [])
         rated = [[next(scores) for _ in q.rated] for q in questions]
         said: list[tuple[Tokens, bool]] = [((), False)] * len(questions)
@@ -42,6 +44,7 @@ class Whole:
             else:
                 said[i] = tuple(path), ended
         if rest:
+            self.rows[:] = [questions[i].change for i in rest]
             for i, reply in zip(rest, self._decode([questions[i].prompt for i in rest]), strict=True):
                 said[i] = reply
         return [Answer(r, *s) for r, s in zip(rated, said, strict=True)]

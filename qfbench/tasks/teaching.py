@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from qfbench.analysis.measures import KEPT
 from qfbench.analysis.sequences import COLLAPSED, ENOUGH, what_is_left
-from qfbench.editors.regimes import Regime, accumulates
+from qfbench.editors.regimes import Regime, Taught, accumulates
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
-from qfbench.facts.probes import ask, leaked
-from qfbench.models.delta import WeightDelta
+from qfbench.facts.probes import Row, ask, ask_each, leaked
+from qfbench.models.delta import WeightDelta, each_applied_to, side_by_side
 from qfbench.tasks.baseline import Asked
 from qfbench.tasks.run import Advance, Run
+
+TOGETHER = 16  # edits that do not build on each other, asked about at once
+
+
+@dataclass(frozen=True)
+class Check:
+    """A change of weights after so many edits, and what is asked under it; the first `n_fresh` are about the newest fact."""
+
+    step: int
+    taught: Sequence[Fact]
+    change: WeightDelta
+    whole: bool
+    asked: Asked
+    n_fresh: int
 
 
 @dataclass
@@ -116,16 +132,41 @@ class Teaching:
         if self.collapsed:
             return
         edits = self.regime(self.within.editor, self.within.lm, self.facts, self.done, self.total)
+        if not self.accumulates:
+            self.teach_apart(edits, advance)
+            return
         for step, (taught, total) in enumerate(edits, start=self.done + 1):
             self.taught, self.total = taught, total
-            left = self.check(step, total, whole=step in self.at, last=step == len(self.facts))
+            (left,) = self.check([self.asked(step, taught, total)])
             self.done = step
             advance(f"{self.title}: edit {step}", self.probes_at(step))
             self.announce(left)
             if step in self.at:
-                self.within.commit(self.file, step, total if self.accumulates else None)
+                self.within.commit(self.file, step, total)
             if self.collapsed:
                 return
+
+    def teach_apart(self, edits: Taught, advance: Advance) -> None:
+        """Edits that do not build on each other: as many are asked about at once as have room beside the model.
+
+        An edit has the same company wherever a run goes on.
+        """
+        names = [site.weight_name(self.within.lm.model) for site in self.within.editor.sites]
+        most = min(TOGETHER, side_by_side(self.within.lm, names))
+        for group in in_groups(edits, most, self.done):
+            checks = [self.asked(self.done + i, *edit) for i, edit in enumerate(group, start=1)]
+            try:
+                self.check(checks)
+                parts = [checks]
+            except (FloatingPointError, torch.OutOfMemoryError):  # one after another: some of them can be measured
+                parts = [[check] for check in checks]
+            for part in parts:
+                if len(parts) > 1:
+                    self.check(part)
+                self.done += len(part)
+                self.taught = part[-1].taught
+                advance(f"{self.title}: edit {self.done}", sum(self.probes_at(check.step) for check in part))
+                self.within.commit()
 
     @property
     def collapsed(self) -> bool:
@@ -150,49 +191,66 @@ class Teaching:
             advance(f"{self.title}: placebo {draw + 1}", self.probes_at(self.done))
             if draw not in self.drawn:
                 change = self.total.placebo(seed=1_000_000 * self.about.get("order", 0) + 1000 * draw)
-                last = self.done == len(self.facts)
-                self.check(self.done, change, whole=True, last=last, condition="placebo", draw=draw)
+                self.check([self.asked(self.done, self.taught, change, whole=True)], condition="placebo", draw=draw)
                 self.within.commit(self.file, self.done, self.total)
 
-    def check(
-        self, step: int, change: WeightDelta, whole: bool, last: bool, condition: str = "edited", **about: Any
-    ) -> dict[str, float]:
-        """Ask after one edit: the newest fact in all its wordings, and what follows from it and earlier ones; as a `whole`, all
-        taught queries, the probes about the model itself and general ability; at `last` all.
-
-        Returns the shares that are left of what the unedited model had (`measures.KEPT`); nothing of what was not asked.
-        """
-        newest, ids = self.taught[-1], {f.id for f in self.taught}
-        own = [(f, p) for f in self.taught for p in (f.edit, *f.probes) if not p.always and ids.issuperset(p.needs)]
+    def asked(self, step: int, taught: Sequence[Fact], change: WeightDelta, whole: bool = False) -> Check:
+        """What is to be asked after so many edits: the newest fact in all its wordings, and what follows from it and earlier
+        ones; at a checkpoint, or as a `whole`, all taught queries, and the probes about the model itself; at the end all."""
+        newest, ids = taught[-1], {f.id for f in taught}
+        own = [(f, p) for f in taught for p in (f.edit, *f.probes) if not p.always and ids.issuperset(p.needs)]
         fresh = [newest.id in (f.id, *p.needs) for f, p in own]
         asked = [pair for pair, new in zip(own, fresh, strict=True) if new]
-        n_fresh, whole = len(asked), whole or last
+        n_fresh, last = len(asked), step == len(self.facts)
+        whole = whole or last or step in self.at
         if whole:
             asked += [(f, p) for (f, p), new in zip(own, fresh, strict=True) if not new and (last or p.kind == "edit")]
             asked += self.always
-        same: dict[str, Any] = {
-            "regime": self.name,
-            "condition": condition,
-            "step": step,
-            "taught": len(self.taught),
-            "checkpoint": whole,
-        }
-        same |= dict(self.about) | about | self.within.health(change, whole)
+        return Check(step, taught, change, whole, asked, n_fresh)
+
+    def check(self, checks: Sequence[Check], condition: str = "edited", **about: Any) -> list[dict[str, float]]:
+        """Ask under one change, or under several side by side; where a change is a whole one, general ability as well.
+
+        Returns of each the shares that are left of what the unedited model had (`measures.KEPT`); nothing of what was not asked.
+        """
+        lm, questions = self.within.lm, [[p for _, p in check.asked] for check in checks]
+        if len(checks) == 1:
+            with checks[0].change.applied_to(lm):
+                answered = [ask(lm, questions[0])]
+        else:
+            with each_applied_to(lm, [check.change for check in checks]):
+                answered = ask_each(lm, questions)
+        generals = [self.general(check.change) if check.whole else [] for check in checks]
+        shares = []
+        for check, rows, general in zip(checks, answered, generals, strict=True):
+            same: dict[str, Any] = {
+                "regime": self.name,
+                "condition": condition,
+                "step": check.step,
+                "taught": len(check.taught),
+                "checkpoint": check.whole,
+            }
+            same |= dict(self.about) | about | self.within.health(check.change, check.whole)
+            answers = {known for fact in check.taught for known in fact.known_as}
+            for i, ((fact, probe), row) in enumerate(zip(check.asked, rows, strict=True)):
+                row["fresh"] = i < check.n_fresh
+                row["leaked"] = leaked(probe, row["reply"], answers)
+                self.within.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)
+            for row in general:
+                self.within.log(row, fresh=False, leaked=False, **same)
+            left: dict[str, list[bool]] = {}
+            for (_, probe), row in zip(check.asked, rows, strict=True):
+                if probe.kind in KEPT:
+                    left.setdefault(KEPT[probe.kind], []).append(row["generated"])
+            shares.append({measure: sum(passed) / len(passed) for measure, passed in left.items()})
+        return shares
+
+    def general(self, change: WeightDelta) -> list[Row]:
+        """Rows of general ability under a change."""
+        if not self.within.regression:
+            return []
         with change.applied_to(self.within.lm):
-            rows = ask(self.within.lm, [p for _, p in asked])
-            general = list(self.within.general()) if whole else []
-        answers = {known for fact in self.taught for known in fact.known_as}
-        for i, ((fact, probe), row) in enumerate(zip(asked, rows, strict=True)):
-            row["fresh"] = i < n_fresh
-            row["leaked"] = leaked(probe, row["reply"], answers)
-            self.within.log(row, fact_id=fact.id, fact_kind=fact.kind, **same)
-        for row in general:
-            self.within.log(row, fresh=False, leaked=False, **same)
-        left: dict[str, list[bool]] = {}
-        for (_, probe), row in zip(asked, rows, strict=True):
-            if probe.kind in KEPT:
-                left.setdefault(KEPT[probe.kind], []).append(row["generated"])
-        return {measure: sum(passed) / len(passed) for measure, passed in left.items()}
+            return list(self.within.general())
 
 
 def taught(run: Run, sequences: Sequence[Teaching]) -> None:
@@ -200,6 +258,23 @@ def taught(run: Run, sequences: Sequence[Teaching]) -> None:
     with run.progress(sum(sequence.work for sequence in sequences)) as advance:
         for sequence in sequences:
             sequence.run(advance)
+
+
+def in_groups(edits: Taught, most: int, done: int) -> Iterator[list[tuple[Sequence[Fact], WeightDelta]]]:
+    """Up to `most` edits at a time, from a whole number of groups on. Where one fails, those before it come first."""
+    group = []
+    try:
+        for edit in edits:
+            group.append(edit)
+            if (done + len(group)) % most == 0:
+                yield group
+                done, group = done + len(group), []
+    except Exception:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
 def checkpoints(n: int, every: int | Sequence[int] | None, dense: int = 20, ratio: float = 1.2) -> set[int]:
