@@ -15,28 +15,36 @@ from qfbench.analysis.catalogue import MEASURES, drawn
 from qfbench.analysis.styles import OTHER, OTHERS, STYLES, label, plain, stroke
 
 
+TICKS = 15  # values of a setting that an axis names, at most
+CELL = 0.3  # inches that a number of a heat map takes
+
+
 def over_settings(table: pd.DataFrame, setting: str, across: str) -> Figure:
     """The measures of single edits (left) and of the end of a sequence (right) against a setting, with their intervals.
 
     `table` has a line per value of `setting` and regime (`results.pooled`); `across` is what the axis calls the setting.
     """
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    alone, sequence = figure.subplots(1, 2, sharey=True)
     end = [*drawn("taught", "kept"), MEASURES["accuracy"]]
-    panels = {"single": (alone, drawn("fresh", "kept")), "sequential": (sequence, end)}
-    for regime, (axes, measures) in panels.items():
+    panels = {
+        "single": ("each fact alone", drawn("fresh", "kept")),
+        "sequential": ("after all facts, one after another", end),
+    }
+    panels = {regime: panel for regime, panel in panels.items() if (table.regime == regime).any()}
+    figure = Figure(figsize=(max(5.5, 4.5 * len(panels)), 3.4), layout="constrained")
+    places = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for (regime, (title, measures)), axes in zip(panels.items(), places, strict=True):
         own = table[table.regime == regime]
         at = range(len(own)) if own[setting].dtype == object else own[setting]
         for measure in (one for one in measures if one.name in own):
             axes.plot(at, own[measure.name], label=label(measure.name), **stroke(measure.style))
             low, high = own[f"{measure.name}_low"], own[f"{measure.name}_high"]
             axes.fill_between(at, low, high, color=measure.style[0], alpha=0.15, lw=0)
-        axes.set(xlabel=across, ylim=(-0.03, 1.03))
-        axes.set_xticks(at, own[setting])
+        axes.set(title=title, xlabel=across, ylim=(-0.03, 1.03))
+        every = -(-len(own) // TICKS)
+        axes.set_xticks(list(at)[::every], own[setting][::every])
         plain(axes)
-        axes.legend(frameon=False, fontsize=8)
-    alone.set(title="each fact alone", ylabel="share of replies (band: 95%)")
-    sequence.set(title="after all facts, one after another")
+        axes.legend(edgecolor="none", framealpha=0.8, fontsize=8)
+    places[0].set(ylabel="share of replies (band: 95%)")
     return figure
 
 
@@ -45,7 +53,8 @@ def heat_maps(
 ) -> Figure:
     """Measures by a setting (across) and kind of knowledge (down), a panel each. Dark: more. `table` as of `measures.by_kind`."""
     measures = [name for name in measures if name in table]
-    figure = Figure(figsize=(4.4 * len(measures) + 0.6, 2.8), layout="constrained")
+    wide = max(4.4, CELL * table[setting].nunique() + 1.2)
+    figure = Figure(figsize=(wide * len(measures) + 0.6, 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
         image = heat_map(axes, table.pivot(index="kind", columns=setting, values=name))
         axes.set(title=label(name), xlabel=across)
@@ -58,7 +67,8 @@ def grids(parts: Mapping[str, tuple[str, pd.DataFrame]], down: str, measures: Se
     column, and the lines."""
     measures = [name for name in measures if any(name in table for _, table in parts.values())]
     height = 0.9 + 0.32 * max(table[down].nunique() for _, table in parts.values())
-    figure = Figure(figsize=(2.5 * len(measures) + 0.8, height * len(parts) + 0.4), layout="constrained")
+    wide = max(2.5, CELL * max(table[setting].nunique() for setting, table in parts.values()) + 0.5)
+    figure = Figure(figsize=(wide * len(measures) + 0.8, height * len(parts) + 0.4), layout="constrained")
     panels = figure.subplots(len(parts), len(measures), squeeze=False)
     for (across, (setting, table)), line in zip(parts.items(), panels, strict=True):
         for name, axes in zip(measures, line, strict=True):
