@@ -224,7 +224,11 @@ def check_model(path: str, chosen: str) -> None:
 
 def layer_of(path: str) -> int:
     """The layer of a model that an editor changes unless told otherwise: one that fires, else at the QF paper's depth (23 of 28)."""
-    fires = getattr(config := model_config(path), "firing_layers", None)
+    return usual_layer(model_config(path))
+
+
+def usual_layer(config: Any) -> int:
+    fires = getattr(config, "firing_layers", None)
     return int(fires[0]) if fires else round(23 / 28 * config.num_hidden_layers)
 
 

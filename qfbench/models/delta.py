@@ -7,16 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import PreTrainedModel
 
 from qfbench.errors import UserError
 from qfbench.models import sealed
 from qfbench.models.lm import LanguageModel
 
+Model = TypeVar("Model", bound=LanguageModel | PreTrainedModel)
 KEYS = 2**30  # bytes of keys that a sum of changes keeps: those of some 2,000 facts in Qwen2.5-1.5B
 
 
@@ -45,6 +48,27 @@ class LowRank:
     def top(self) -> float:
         """The largest singular value, from the factors where that is cheaper."""
         return torch.linalg.matrix_norm(self._core(), 2).item()
+
+    def singular_values(self) -> Float[Tensor, " least"]:
+        """From the largest, in float64; of factors as many as they are wide. Their squares sum to that of `norm`."""
+        return torch.linalg.svdvals(self._core())
+
+    def truncated(self, rank: int | None = None) -> LowRank:
+        """The nearest matrix of at most this rank (Eckart and Young 1936), in float64; None: the rank that it has.
+
+        Its factors are balanced: both have the square roots of the singular values.
+        """
+        if self.right is None:
+            outer, core, inner = None, self.left.double(), None
+        else:
+            outer, left = torch.linalg.qr(self.left.double())
+            inner, right = torch.linalg.qr(self.right.double().T)
+            core = left @ right.T
+        u, s, v = torch.linalg.svd(core, full_matrices=False)
+        least = s[:1] * max(core.shape) * torch.finfo(self.left.dtype).eps
+        kept = max(1, min(int((s > least).sum()), rank or len(s)))
+        left, right = u[:, :kept] * s[:kept].sqrt(), s[:kept].sqrt()[:, None] * v[:kept]
+        return LowRank(left if outer is None else outer @ left, right if inner is None else right @ inner.T)
 
     def _core(self) -> Tensor:
         """A matrix with the singular values of this one, in float64, as small as the factors allow."""
@@ -116,8 +140,16 @@ class WeightDelta:
         """A random change of the same weights, each of the rank and Frobenius norm that it has here."""
         return WeightDelta({name: change.placebo(seed + i) for i, (name, change) in enumerate(self.changes.items())})
 
+    def to(self, device: torch.device | str) -> WeightDelta:
+        """The changes alone, on another device."""
+        moved = {
+            n: LowRank(c.left.to(device), None if c.right is None else c.right.to(device))
+            for n, c in self.changes.items()
+        }
+        return WeightDelta(moved)
+
     @contextmanager
-    def applied_to(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+    def applied_to(self, lm: Model) -> Iterator[Model]:
         """Add the change to the model's weights while open; on exit the saved weights are put back bit for bit.
 
         The sum is formed in float64 and then rounded to the model's dtype.
@@ -126,18 +158,19 @@ class WeightDelta:
             UserError: the change is for another model (a weight is missing, or has another shape).
             FloatingPointError: a changed weight would be NaN or infinite; nothing is written.
         """
-        parameters = dict(lm.model.named_parameters())
+        model, changed = (lm.model, lm.changed) if isinstance(lm, LanguageModel) else (lm, [])
+        parameters = dict(model.named_parameters())
         written = {name: _sum(parameters, name, change) for name, change in self.changes.items()}
         saved = {name: parameters[name].detach().clone() for name in written}
-        before = list(lm.changed)
+        before = list(changed)
         try:
-            lm.changed.extend(written)
+            changed.extend(written)
             with torch.no_grad():  # not through `.data`, which would hide the change from the weight's version
                 for name, tensor in written.items():
                     parameters[name].copy_(tensor)
             yield lm
         finally:
-            lm.changed[:] = before
+            changed[:] = before
             with torch.no_grad():
                 for name, tensor in saved.items():
                     parameters[name].copy_(tensor)
@@ -154,12 +187,23 @@ class WeightDelta:
 
     def save(self, path: str | Path, keys: bool = False) -> None:
         """Write to one safetensors file, if asked with the `keys`."""
-        tensors = {f":{i}:key": key for i, key in enumerate(self.keys if keys else ())}
-        for name, change in self.changes.items():
-            tensors[f"{name}:left"] = change.left
-            if change.right is not None:
-                tensors[f"{name}:right"] = change.right
-        sealed.save(tensors, Path(path), {"format": "qfbench-delta"})
+        held = {f":{i}:key": key for i, key in enumerate(self.keys if keys else ())}
+        sealed.save(held | self.tensors(), Path(path), {"format": "qfbench-delta"})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors of all changes, by name."""
+        factors = [
+            (f"{n}:{side}", factor)
+            for n, c in self.changes.items()
+            for side, factor in (("left", c.left), ("right", c.right))
+        ]
+        return {name: factor for name, factor in factors if factor is not None}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], keys: Sequence[Tensor] = ()) -> WeightDelta:
+        """What `tensors` gave."""
+        names = sorted({name.rsplit(":", 1)[0] for name in tensors})
+        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> WeightDelta:
@@ -172,8 +216,10 @@ class WeightDelta:
         if metadata.get("format") != "qfbench-delta":
             raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
         keys = [tensors.pop(f":{i}:key") for i in range(sum(name.endswith(":key") for name in tensors))]
-        names = sorted({name.rsplit(":", 1)[0] for name in tensors})
-        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
+        return cls.of_tensors(tensors, keys)
+
+
+NOTHING = WeightDelta()
 
 
 def _triangle(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "least cols"]:
