@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import UnsupportedValueType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qfbench.commands.plugins import find_installed
@@ -75,10 +75,10 @@ def named(name: str, lm: LanguageModel, settings: Mapping[str, Any]) -> Editor:
             known = ", ".join(str(key) for key in cfg.editor if key != "_target_")
             raise UserError(f"{key}: editor={name} has no such setting; it has {known}")
         try:
-            OmegaConf.update(cfg.editor, key, value, merge=False)
-        except UnsupportedValueType:  # facts, say
-            objects[key] = value
-            OmegaConf.update(cfg.editor, key, [], merge=False)
+            json.dumps(value)
+        except TypeError:  # facts, say
+            objects[key], value = value, []
+        OmegaConf.update(cfg.editor, key, value, merge=False)
     built: Editor = build(cfg, "editor")
     return replace(built, **objects)  # type: ignore[type-var]
 

@@ -68,4 +68,5 @@ class Adapter(Editor):
     def one_by_one(
         self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0
     ) -> Iterator[Callable[[], WeightDelta]]:
-        return iter([partial(self.edit, lm, facts), *[WeightDelta] * (len(facts) - 1)][done : len(facts)])
+        for n in range(done, len(facts)):
+            yield WeightDelta if n else partial(self.edit, lm, facts)

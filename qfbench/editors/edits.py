@@ -242,8 +242,8 @@ def _as_json(value: Any) -> Any:
 
 def _of_json(values: dict[str, Any]) -> Any:
     """What `_as_json` gave."""
-    for kind in (Fact, Probe):
-        if list(values) == [kind.__name__]:
-            held = values[kind.__name__].items()
-            return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in held})
-    return values
+    kinds: dict[str, Any] = {"Fact": Fact, "Probe": Probe}
+    if len(values) != 1 or not (kind := kinds.get(next(iter(values)))):
+        return values
+    (held,) = values.values()
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in held.items()})
