@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -91,13 +91,11 @@ def apply(args: argparse.Namespace, out: Console) -> None:
 
 def another(model: str) -> LanguageModel:
     """A model by the name of its settings, or by its path alone."""
-    named = (CONF / "model" / f"{model}.yaml").exists()
-    cfg = composed(f"model={model}" if named else "model=own")
-    return load(
-        cfg.model
-        if named
-        else {**{key: cfg.model[key] for key in cfg.model if key not in ("path", "layer", "layers")}, "path": model}
-    )
+    if (CONF / "model" / f"{model}.yaml").exists():
+        return load(composed(f"model={model}").model)
+    own = composed("model=own").model
+    own.update({"path": model, "layer": 0, "layers": ""})  # which would be looked up in its folder
+    return load(own)
 
 
 def undo(args: argparse.Namespace, out: Console) -> None:
@@ -105,10 +103,12 @@ def undo(args: argparse.Namespace, out: Console) -> None:
     left = edits.without(edits.source.load(args.model), args.ids)
     left.save(args.folder)
     first = min([fact.id for fact in edits.facts].index(id) for id in args.ids)
-    again = len(left.facts) - (0 if isinstance(edits.editor, QFStream) else first)
-    what = (
-        f"{again} facts were taught again, in order, by {name_of(edits)}" if again else "no fact had to be taught again"
-    )
+    if isinstance(edits.editor, QFStream):
+        what = f"taught again by {name_of(edits)}: all {len(left.facts)}, which is exact"
+    elif again := len(left.facts) - first:
+        what = f"taught again by {name_of(edits)}, in order: {again} after them"
+    else:
+        what = "nothing had to be taught again"
     say(out, f"{args.folder}: {len(left.facts)} facts, as if {', '.join(args.ids)} had never been taught; {what}")
 
 
@@ -177,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("folder", metavar="FOLDER", help="where the edits are: of `teach`, or of qfbench.edit(...).save")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, about: str, model: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., None], about: str, model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=run)
         if model:
