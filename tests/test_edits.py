@@ -13,8 +13,10 @@ from qfbench import Edits, Fact, LanguageModel, UserError
 from qfbench.commands.settings import CONF
 from qfbench.editors import QF, FineTune, QFStream
 from qfbench.editors.edits import FILE
+from qfbench.editors.regimes import sequential
 from qfbench.editors.stream import Stream
 from qfbench.models.delta import WeightDelta
+from qfbench.models.firing import with_firing_layers
 
 
 def weights(model):
@@ -60,8 +62,6 @@ def test_what_is_saved_and_loaded_gives_the_same_bits(tiny, facts, editor, tmp_p
 
 
 def test_edits_are_what_the_regime_gives(tiny, facts, editor):
-    from qfbench.editors.regimes import sequential
-
     lm = tiny("llama")
     *_, (_, total) = sequential(editor, lm, facts)
     with total.applied_to(lm):
@@ -122,7 +122,7 @@ def test_further_facts_go_on_where_the_first_ended(tiny, facts, editor):
 
 
 def test_another_model_is_refused_and_left_alone(tiny, facts):
-    lm, other = tiny("qwen2"), tiny("qwen2", initializer_range=0.5)
+    lm, other = tiny("qwen2"), tiny("qwen2")
     other.model.get_parameter("model.norm.weight").data[0] += 1
     edits = Edits.teach(lm, QF(1), facts)
     before = weights(other.model)
@@ -137,8 +137,6 @@ def test_another_model_is_refused_and_left_alone(tiny, facts):
 
 
 def test_firing_layers_make_another_model_of_the_same_weights(tiny, facts):
-    from qfbench.models.firing import with_firing_layers
-
     lm = tiny("qwen2")
     edits = Edits.teach(lm, QF(1), facts)
     with pytest.raises(UserError, match="another model"):

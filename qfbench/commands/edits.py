@@ -31,7 +31,7 @@ SHOWN = 3  # singular values of a matrix
 def teach(args: argparse.Namespace, out: Console) -> None:
     """New edits, or further facts for those that are there: by the same editor, to the same model."""
     there = (Path(args.folder) / FILE).exists()
-    fixed = [word for word in args.settings if word.startswith(("model", "editor"))]
+    fixed = [word for word in args.settings if word.startswith(("model", "editor", "facts@editor"))]
     if there and fixed:
         raise UserError(f"{args.folder} has edits already, with their model and editor; leave out {' '.join(fixed)}")
     cfg = composed(*with_own_settings(args.settings))

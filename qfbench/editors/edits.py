@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -70,8 +71,10 @@ class Source:
         return lm
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises:
-        UserError: this is another model.
+        """Refuse a model that is not this one, as it was.
+
+        Raises:
+            UserError: with both hashes, and the remedy.
         """
         found = weights_hash(model)
         if (found, _firing(model)) != (self.weights, self.firing):
@@ -109,9 +112,9 @@ class Edits:
         Raises:
             UserError: two facts have one id, or the editor refuses the model.
         """
-        twice = {fact.id for fact in facts if sum(fact.id == other.id for other in facts) > 1}
+        twice = [id for id, n in Counter(fact.id for fact in facts).items() if n > 1]
         if twice:
-            raise UserError(f"several facts have the id {', '.join(sorted(twice))}; edits are told apart by it")
+            raise UserError(f"several facts have the id {', '.join(twice)}; edits are told apart by it")
         if facts:
             editor.check(lm)
         if isinstance(editor, QFStream | Replay):
@@ -214,7 +217,7 @@ class Edits:
             for name, tensor in tensors.items():
                 n, _, rest = name.partition("/")
                 parts[int(n)][rest] = tensor
-            editor = _editor(**{"kind" if k == "class" else k: v for k, v in about["editor"].items()})
+            editor = _editor(about["editor"]["class"], about["editor"]["settings"])
             changes = tuple(WeightDelta.of_tensors(part) for part in parts)
             return cls(Source(**about["source"]), editor, tuple(about["facts"]), changes, about["sizes"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
