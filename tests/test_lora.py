@@ -6,13 +6,16 @@ import pytest
 import torch
 from conftest import CONFIGS
 from safetensors.torch import load_file, save_file
+from test_contract import composed
 
 from qfbench import Unsupported, UserError
+from qfbench.commands.settings import build
 from qfbench.editors import QF, Adapter, FineTune, QFStream
 from qfbench.editors.regimes import sequential
 from qfbench.models import lora
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.sites import Site
+from qfbench.runs.identity import identity
 
 
 def drawn(lm, ranks, dtype=torch.float64):
@@ -192,6 +195,19 @@ def test_other_tensors_and_files_are_refused(tiny, tmp_path):
         Adapter(str(tmp_path))
     with pytest.raises(UserError, match="give the folder of a LoRA adapter"):
         Adapter(str(tmp_path / "none"))
+
+
+def test_another_adapter_in_the_same_folder_makes_another_run(tiny, tmp_path):
+    lm = tiny("qwen2")
+    lora.write(drawn(lm, {Site(1): 2}), tmp_path, "tiny")
+    cfg = composed("editor=adapter", f"editor.path={tmp_path}")
+    before, editor = identity(cfg), build(cfg, "editor")
+    assert editor == Adapter(str(tmp_path), lora.fingerprint(tmp_path))
+    assert identity(cfg) == before
+    lora.write(drawn(lm, {Site(1): 3}), tmp_path, "tiny")
+    assert identity(cfg) != before
+    with pytest.raises(UserError, match="is another one now"):
+        Adapter(str(tmp_path), editor.files)
 
 
 def test_an_adapter_of_another_model_is_refused(tiny, tmp_path):

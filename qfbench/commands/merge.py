@@ -47,6 +47,7 @@ Facts were written into the weights of `{edits.source.name}` by [qfbench](https:
 | weights before | `{edits.source.weights}` ({edits.source.dtype}) |
 | editor | `{cell(repr(edits.editor))}` |
 | command | `{cell(command)}` |
+| system text it was taught and asked with | {cell(lm.preamble) or "(none)"} |
 
 | | query | answer |
 |---|---|---|

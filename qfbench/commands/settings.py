@@ -232,6 +232,13 @@ def usual_layer(config: Any) -> int:
     return int(fires[0]) if fires else round(23 / 28 * config.num_hidden_layers)
 
 
+def adapter_files(_parent_: DictConfig) -> str:
+    """The hash of the adapter at the `path` beside this setting; "" where none is given."""
+    from qfbench.models.lora import fingerprint
+
+    return "" if OmegaConf.is_missing(_parent_, "path") else fingerprint(Path(_parent_.path).expanduser())
+
+
 def layers_of(path: str) -> str:
     """Six layers of a model, evenly from the first to the last, as a sweep takes them."""
     return ",".join(map(str, evenly(model_config(path).num_hidden_layers, 6)))
@@ -261,4 +268,5 @@ def model_config(path: str) -> Any:
 
 OmegaConf.register_new_resolver("run_name", name_of, replace=True)
 OmegaConf.register_new_resolver("layer_of", layer_of, replace=True)
+OmegaConf.register_new_resolver("adapter_files", adapter_files, replace=True)
 OmegaConf.register_new_resolver("layers_of", layers_of, replace=True)

@@ -25,21 +25,29 @@ class Adapter(Editor):
 
     Args:
         path: the folder of a plain LoRA adapter (`lora.read`) of linear layers of feed-forward blocks and attention.
+        files: `lora.fingerprint` of it, which tells runs of different adapters in one folder apart; "" is not compared.
 
     Raises:
-        UserError: there is no adapter, or one of another kind.
+        UserError: there is no adapter, one of another kind, or one of other files.
     """
 
     path: str
+    files: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.files not in ("", now := lora.fingerprint(self._folder)):
+            raise UserError(f"editor.files={self.files}: the adapter in {self.path} is another one now, {now}")
         if not self._delta.changes:
             raise UserError(f"editor.path={self.path}: the adapter changes nothing")
 
     @cached_property
     def _delta(self) -> WeightDelta:
-        return lora.read(Path(self.path).expanduser())
+        return lora.read(self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.path).expanduser()
 
     @property
     def sites(self) -> tuple[Site, ...]:

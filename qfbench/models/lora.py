@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -104,6 +105,14 @@ def read(folder: Path) -> WeightDelta:
     if not all(torch.isfinite(side).all() for c in changes.values() for side in (c.left, c.right) if side is not None):
         raise UserError(f"{folder}: the adapter holds a NaN or an infinity")
     return WeightDelta(dict(sorted(changes.items())))
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the files of an adapter, first 16 hex digits; "" where they cannot be read."""
+    try:
+        return hashlib.sha256((folder / CONFIG).read_bytes() + (folder / FILE).read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
 
 
 def _config(folder: Path) -> dict[str, Any]:
