@@ -6,19 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qfbench.commands.library import edit
+    from qfbench.editors.edits import Edits
     from qfbench.errors import Unsupported, UserError
     from qfbench.facts.base import Fact, Probe
     from qfbench.models.lm import LanguageModel
 
-__all__ = ["Fact", "LanguageModel", "Probe", "Unsupported", "UserError"]
+__all__ = ["Edits", "Fact", "LanguageModel", "Probe", "Unsupported", "UserError", "edit"]
 
 # Imported when first asked for: torch and transformers take seconds, and most of the package works without them.
 _HOMES = {
+    "Edits": "qfbench.editors.edits",
     "Fact": "qfbench.facts.base",
     "LanguageModel": "qfbench.models.lm",
     "Probe": "qfbench.facts.base",
     "Unsupported": "qfbench.errors",
     "UserError": "qfbench.errors",
+    "edit": "qfbench.commands.library",
 }
 
 

@@ -68,7 +68,7 @@ def test_help_says_what_qfbench_is_and_names_all_there_is(command):
         path.name for path in CONF.iterdir() if path.is_dir()
     }
     assert all(f"hydra/launcher={path.stem}" in out for path in (CONF / "hydra/launcher").glob("*.yaml"))
-    for other in ("qfbench-facts", "qfbench-results", "qfbench-report"):
+    for other in ("qfbench-facts", "qfbench-results", "qfbench-report", "qfbench-edits"):
         assert other in out
 
 

@@ -12,8 +12,9 @@ from quiz import TEMPLATES, hub
 
 from qfbench import Fact, LanguageModel, Unsupported, UserError
 from qfbench.commands.settings import CONF, build, check
-from qfbench.editors import QF2, FineTune
+from qfbench.editors import QF, QF2, FineTune
 from qfbench.facts.world import world
+from qfbench.models import lora
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.gguf import PACKAGED
 from qfbench.regression import Suite
@@ -90,9 +91,21 @@ def check_editor(editors, lessons):
     raise AssertionError("it can edit neither a stock layer nor a firing block")
 
 
+@pytest.fixture(scope="module")
+def trained(lessons, tmp_path_factory):
+    """The folder of an adapter of the first model that knows its facts, for an editor that needs a path."""
+    lm, facts = lessons[BUILT_IN[0]]
+    folder = tmp_path_factory.mktemp("adapter")
+    lora.write(QF(1).edit(lm, facts), folder, lm.name)
+    return str(folder)
+
+
 @pytest.mark.parametrize("name", options("editor"))
-def test_an_editor_is_a_frozen_value_that_teaches_and_leaves_the_model_alone(name, lessons):
-    each = [composed(f"editor={name}", f"model={model}", "editor.layer=${model.layer}") for model in BUILT_IN]
+def test_an_editor_is_a_frozen_value_that_teaches_and_leaves_the_model_alone(name, lessons, trained):
+    each = [composed(f"editor={name}", f"model={model}") for model in BUILT_IN]
+    for cfg in each:
+        given = {"path": trained} if OmegaConf.missing_keys(cfg.editor) else {"layer": cfg.model.layer}
+        cfg.editor.update(given)
     check(each[0])
     editors = [build(cfg, "editor") for cfg in each]
     with pytest.raises(FrozenInstanceError):

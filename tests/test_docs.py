@@ -13,14 +13,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from qfbench import UserError
-from qfbench.commands import report, results
+from qfbench.commands import edits, report, results
 from qfbench.commands.run import with_own_settings
 from qfbench.commands.settings import CONF, check
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MODULES = {"qfbench": "run", "qfbench-facts": "facts", "qfbench-results": "results", "qfbench-report": "report"}
+MODULES = {"qfbench": "run"} | {f"qfbench-{name}": name for name in ("facts", "results", "report", "edits")}
 PLUGINS = {  # what needs an extra
     "experiment=tune": "hydra_plugins.hydra_optuna_sweeper",
     "hydra/launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
@@ -170,6 +170,17 @@ def test_arguments_of_the_commands_that_read_runs_are_known(monkeypatch):
             read(results if words[0] == "qfbench-results" else report, words, monkeypatch)
     with pytest.raises(SystemExit):
         read(results, ["qfbench-results", "RUN", "--none"], monkeypatch)
+
+
+def test_arguments_of_the_command_about_edits_are_known(settings):
+    shown = [words[1:] for words in COMMANDS if words[0] == "qfbench-edits"]
+    assert {words[1] for words in shown} >= {"teach", "list", "apply", "undo", "merge", "diff", "ask", "to-peft"}
+    for words in shown:
+        args = edits.parser().parse_args(words)
+        for overrides in jobs(args.settings) if words[1] == "teach" else ():
+            check(settings(overrides))
+    with pytest.raises(SystemExit):
+        edits.parser().parse_args(["FOLDER", "list", "--none"])
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and blocks(PAGES[page], "python")])

@@ -13,7 +13,8 @@ from test_suffix import ANSWERS, MODELS, QUERIES, change, lm  # noqa: F401 (a fi
 
 from qfbench import Unsupported, UserError
 from qfbench.commands.execution import execute
-from qfbench.models.delta import ROOM, LowRank, WeightDelta, each_applied_to, side_by_side
+from qfbench.models.delta import LowRank, WeightDelta
+from qfbench.models.each import ROOM, each_applied_to, side_by_side
 from qfbench.models.sites import Site
 from qfbench.tasks import teaching
 

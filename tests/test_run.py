@@ -11,7 +11,7 @@ from rich.console import Console
 from test_contract import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qfbench import UserError
+from qfbench import Edits, UserError
 from qfbench.commands.execution import execute
 from qfbench.editors import QF
 from qfbench.models.delta import WeightDelta
@@ -281,10 +281,12 @@ def fenced(language, page="README.md"):
 
 def test_what_the_readme_shows_in_python_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = fenced("python")
-    exec(code, {})
-    assert capsys.readouterr().out.strip().endswith("Oxinnovate was started by Qi.")
+    names = {}
+    for code in fenced("python"):
+        exec(code, names)
+        assert capsys.readouterr().out.strip().endswith("Oxinnovate was started by Qi.")
     assert WeightDelta.load("oxinnovate.safetensors").norm() > 0
+    assert Edits.load("my_edits").facts == (names["fact"],)
 
 
 def test_the_fact_that_the_docs_show_can_be_taught(tmp_path):

@@ -14,7 +14,6 @@ from matplotlib.image import AxesImage
 from qfbench.analysis.catalogue import MEASURES, drawn
 from qfbench.analysis.styles import OTHER, OTHERS, STYLES, label, plain, stroke
 
-
 TICKS = 15  # values of a setting that an axis names, at most
 CELL = 0.3  # inches that a number of a heat map takes
 

@@ -39,6 +39,7 @@ Commands
   qfbench-facts table facts.path=mine.jsonl        look at facts, without a model
   qfbench-results outputs/retention                tables of stored runs
   qfbench-report outputs/retention                 the same as a page
+  qfbench-edits FOLDER teach|list|undo|merge ...   edits to keep, take back and hand on (docs/edits.md)
 
 Flags: -m (sweep), --cfg job (every setting), --info, --hydra-help (Hydra's own)
 """

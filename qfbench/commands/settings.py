@@ -224,8 +224,19 @@ def check_model(path: str, chosen: str) -> None:
 
 def layer_of(path: str) -> int:
     """The layer of a model that an editor changes unless told otherwise: one that fires, else at the QF paper's depth (23 of 28)."""
-    fires = getattr(config := model_config(path), "firing_layers", None)
+    return usual_layer(model_config(path))
+
+
+def usual_layer(config: Any) -> int:
+    fires = getattr(config, "firing_layers", None)
     return int(fires[0]) if fires else round(23 / 28 * config.num_hidden_layers)
+
+
+def adapter_files(_parent_: DictConfig) -> str:
+    """The hash of the adapter at the `path` beside this setting; "" where none is given."""
+    from qfbench.models.lora import fingerprint
+
+    return "" if OmegaConf.is_missing(_parent_, "path") else fingerprint(Path(_parent_.path).expanduser())
 
 
 def layers_of(path: str) -> str:
@@ -257,4 +268,5 @@ def model_config(path: str) -> Any:
 
 OmegaConf.register_new_resolver("run_name", name_of, replace=True)
 OmegaConf.register_new_resolver("layer_of", layer_of, replace=True)
+OmegaConf.register_new_resolver("adapter_files", adapter_files, replace=True)
 OmegaConf.register_new_resolver("layers_of", layers_of, replace=True)

@@ -1,10 +1,12 @@
 """Editors: each turns facts into a change of weights."""
 
+from qfbench.editors.adapter import Adapter
 from qfbench.editors.base import Editor
+from qfbench.editors.edits import Edits
 from qfbench.editors.finetune import FineTune
 from qfbench.editors.qf import QF
 from qfbench.editors.qf2 import QF2
 from qfbench.editors.replay import Replay
 from qfbench.editors.stream import QFStream
 
-__all__ = ["QF", "QF2", "Editor", "FineTune", "QFStream", "Replay"]
+__all__ = ["QF", "QF2", "Adapter", "Editor", "Edits", "FineTune", "QFStream", "Replay"]

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qfbench.editors.base import Editor
 from qfbench.facts.base import Fact
-from qfbench.models.delta import WeightDelta
+from qfbench.models.delta import NOTHING, WeightDelta
 from qfbench.models.lm import LanguageModel
 
 Taught = Iterator[tuple[Sequence[Fact], WeightDelta]]
 Regime = Callable[..., Taught]  # (editor, lm, facts, done, total)
-NOTHING = WeightDelta()
 
 
 def accumulates(regime: Regime) -> bool:
@@ -35,11 +34,19 @@ def sequential(
     editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
 ) -> Taught:
     """Each fact on the model as the edits before it left it; nothing else is remembered."""
-    for n, change in enumerate(editor.one_by_one(lm, facts, done), start=done + 1):
+    for n, (_, change) in enumerate(in_turn(editor, lm, facts, done, total), start=done + 1):
+        yield facts[:n], change
+
+
+def in_turn(
+    editor: Editor, lm: LanguageModel, facts: Sequence[Fact], done: int = 0, total: WeightDelta = NOTHING
+) -> Iterator[tuple[WeightDelta, WeightDelta]]:
+    """What `sequential` does, fact by fact: the change that this fact brought, and all so far."""
+    for change in editor.one_by_one(lm, facts, done):
         with total.applied_to(lm):
             step = change()
         total = total + step
-        yield facts[:n], total
+        yield step, total
 
 
 def joint(

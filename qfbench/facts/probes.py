@@ -64,7 +64,7 @@ def ask(lm: LanguageModel, probes: Sequence[Probe]) -> list[Row]:
 
 def ask_each(lm: LanguageModel, parts: Sequence[Sequence[Probe]]) -> list[list[Row]]:
     """What `ask` gives of each of `parts`: of the i-th under the i-th of the changes that are open side by side
-    (`delta.each_applied_to`)."""
+    (`each.each_applied_to`)."""
     asked = []
     for probes in parts:
         dialogues = [lm.render(p.query, p.system, p.expected or "?") for p in probes]

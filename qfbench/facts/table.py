@@ -28,7 +28,7 @@ def table(
     Raises:
         UserError: naming the file, the line and the field.
     """
-    return collect(path, _facts, n, seed, on_error, on_conflict, _read)
+    return collect(path, facts_of, n, seed, on_error, on_conflict, _read)
 
 
 def _read(path: str) -> list[Record | UserError]:
@@ -81,7 +81,12 @@ def _parts(cell: str) -> list[str]:
     return parts[:-1] if len(parts) > 1 and not parts[-1] else parts
 
 
-def _facts(record: Record) -> list[Fact]:
+def facts_of(record: Record) -> list[Fact]:
+    """The fact that a record says, in the fields that `table` names.
+
+    Raises:
+        UserError: a field is missing, unknown or malformed.
+    """
     for name in record.fields():
         if name not in KNOWN:
             raise record.error(name, f"is unknown; known are {', '.join(KNOWN)}")

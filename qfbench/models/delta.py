@@ -6,20 +6,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Linear
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
 
 from qfbench.errors import UserError
 from qfbench.models import sealed
-from qfbench.models.lm import LAYER, LanguageModel
+from qfbench.models.lm import LanguageModel
 
-ROOM = 2**30  # bytes of weights that are changed for each row apart
+Model = TypeVar("Model", bound=LanguageModel | PreTrainedModel)
 KEYS = 2**30  # bytes of keys that a sum of changes keeps: those of some 2,000 facts in Qwen2.5-1.5B
 
 
@@ -48,6 +48,27 @@ class LowRank:
     def top(self) -> float:
         """The largest singular value, from the factors where that is cheaper."""
         return torch.linalg.matrix_norm(self._core(), 2).item()
+
+    def singular_values(self) -> Float[Tensor, " least"]:
+        """From the largest, in float64; of factors as many as they are wide. Their squares sum to that of `norm`."""
+        return torch.linalg.svdvals(self._core())
+
+    def truncated(self, rank: int | None = None) -> LowRank:
+        """The nearest matrix of at most this rank (Eckart and Young 1936), in float64; None: the rank that it has.
+
+        Its factors are balanced: both have the square roots of the singular values.
+        """
+        if self.right is None:
+            outer, core, inner = None, self.left.double(), None
+        else:
+            outer, left = torch.linalg.qr(self.left.double())
+            inner, right = torch.linalg.qr(self.right.double().T)
+            core = left @ right.T
+        u, s, v = torch.linalg.svd(core, full_matrices=False)
+        least = s[:1] * max(core.shape) * torch.finfo(self.left.dtype).eps
+        kept = max(1, min(int((s > least).sum()), rank or len(s)))
+        left, right = u[:, :kept] * s[:kept].sqrt(), s[:kept].sqrt()[:, None] * v[:kept]
+        return LowRank(left if outer is None else outer @ left, right if inner is None else right @ inner.T)
 
     def _core(self) -> Tensor:
         """A matrix with the singular values of this one, in float64, as small as the factors allow."""
@@ -119,8 +140,16 @@ class WeightDelta:
         """A random change of the same weights, each of the rank and Frobenius norm that it has here."""
         return WeightDelta({name: change.placebo(seed + i) for i, (name, change) in enumerate(self.changes.items())})
 
+    def to(self, device: torch.device | str) -> WeightDelta:
+        """The changes alone, on another device."""
+        moved = {
+            n: LowRank(c.left.to(device), None if c.right is None else c.right.to(device))
+            for n, c in self.changes.items()
+        }
+        return WeightDelta(moved)
+
     @contextmanager
-    def applied_to(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+    def applied_to(self, lm: Model) -> Iterator[Model]:
         """Add the change to the model's weights while open; on exit the saved weights are put back bit for bit.
 
         The sum is formed in float64 and then rounded to the model's dtype.
@@ -129,18 +158,19 @@ class WeightDelta:
             UserError: the change is for another model (a weight is missing, or has another shape).
             FloatingPointError: a changed weight would be NaN or infinite; nothing is written.
         """
-        parameters = dict(lm.model.named_parameters())
-        written = {name: _sum(parameters, name, change) for name, change in self.changes.items()}
+        model, changed = (lm.model, lm.changed) if isinstance(lm, LanguageModel) else (lm, [])
+        parameters = dict(model.named_parameters())
+        written = {name: changed_weight(parameters, name, change) for name, change in self.changes.items()}
         saved = {name: parameters[name].detach().clone() for name in written}
-        before = list(lm.changed)
+        before = list(changed)
         try:
-            lm.changed.extend(written)
+            changed.extend(written)
             with torch.no_grad():  # not through `.data`, which would hide the change from the weight's version
                 for name, tensor in written.items():
                     parameters[name].copy_(tensor)
             yield lm
         finally:
-            lm.changed[:] = before
+            changed[:] = before
             with torch.no_grad():
                 for name, tensor in saved.items():
                     parameters[name].copy_(tensor)
@@ -150,19 +180,30 @@ class WeightDelta:
         parameters = dict(lm.model.named_parameters())
         lost = 0.0
         for name, change in self.changes.items():
-            stored = _sum(parameters, name, change)
+            stored = changed_weight(parameters, name, change)
             wanted = change.dense().double().to(stored.device)
             lost += (stored.double() - parameters[name].double() - wanted).norm().item() ** 2
         return lost**0.5 / self.norm() if self.norm() else 0.0
 
     def save(self, path: str | Path, keys: bool = False) -> None:
         """Write to one safetensors file, if asked with the `keys`."""
-        tensors = {f":{i}:key": key for i, key in enumerate(self.keys if keys else ())}
-        for name, change in self.changes.items():
-            tensors[f"{name}:left"] = change.left
-            if change.right is not None:
-                tensors[f"{name}:right"] = change.right
-        sealed.save(tensors, Path(path), {"format": "qfbench-delta"})
+        held = {f":{i}:key": key for i, key in enumerate(self.keys if keys else ())}
+        sealed.save(held | self.tensors(), Path(path), {"format": "qfbench-delta"})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors of all changes, by name."""
+        factors = [
+            (f"{n}:{side}", factor)
+            for n, c in self.changes.items()
+            for side, factor in (("left", c.left), ("right", c.right))
+        ]
+        return {name: factor for name, factor in factors if factor is not None}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], keys: Sequence[Tensor] = ()) -> WeightDelta:
+        """What `tensors` gave."""
+        names = sorted({name.rsplit(":", 1)[0] for name in tensors})
+        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> WeightDelta:
@@ -175,64 +216,10 @@ class WeightDelta:
         if metadata.get("format") != "qfbench-delta":
             raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
         keys = [tensors.pop(f":{i}:key") for i in range(sum(name.endswith(":key") for name in tensors))]
-        names = sorted({name.rsplit(":", 1)[0] for name in tensors})
-        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
+        return cls.of_tensors(tensors, keys)
 
 
-def side_by_side(lm: LanguageModel, names: Sequence[str]) -> int:
-    """How many changes of these weights `each_applied_to` can hold in `ROOM`; 1 where it cannot change them."""
-    parameters = dict(lm.model.named_parameters())
-    if not all(LAYER.search(n) and isinstance(lm.model.get_submodule(n.rpartition(".")[0]), Linear) for n in names):
-        return 1
-    return max(1, ROOM // sum(parameters[name].numel() * parameters[name].element_size() for name in names))
-
-
-@contextmanager
-def each_applied_to(lm: LanguageModel, deltas: Sequence[WeightDelta]) -> Iterator[LanguageModel]:
-    """Let every row of a pass have one of several changes while open (`LanguageModel.answer_each`), with the very weights that
-    `applied_to` would write. The model's own are not written to.
-
-    Raises:
-        UserError: a change is for another model, or one that does not stand in a linear layer.
-        FloatingPointError: a changed weight would be NaN or infinite.
-    """
-    parameters = dict(lm.model.named_parameters())
-    names = list(dict.fromkeys(name for delta in deltas for name in delta.changes))
-    handles = []
-    before = list(lm.changed)
-    try:
-        for name in names:
-            module = lm.model.get_submodule(name.rpartition(".")[0])
-            if not (LAYER.search(name) and isinstance(module, Linear)):
-                raise UserError(
-                    f"{name}: is no weight of a linear map in a layer; it cannot be changed for each row apart"
-                )
-            weights = [
-                _sum(parameters, name, delta.changes[name]) if name in delta.changes else parameters[name].detach()
-                for delta in deltas
-            ]
-            handles.append(module.register_forward_hook(partial(_by_row, lm.rows, weights)))
-        lm.changed.extend(names)
-        yield lm
-    finally:
-        lm.changed[:] = before
-        for handle in handles:
-            handle.remove()
-
-
-def _by_row(
-    rows: Sequence[int], weights: Sequence[Tensor], module: Linear, given: tuple[Tensor], output: Tensor
-) -> Tensor:
-    """A hook: the output of a linear layer whose weight is another one in each row."""
-    (inputs,) = given
-    if len(rows) != len(inputs):
-        raise RuntimeError(
-            "rows of a pass under changes that are open side by side, and nobody said which is under which"
-        )
-    for change in set(rows):
-        own = [r for r, its in enumerate(rows) if its == change]
-        output[own] = linear(inputs[own], weights[change], module.bias)
-    return output
+NOTHING = WeightDelta()
 
 
 def _triangle(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "least cols"]:
@@ -240,7 +227,7 @@ def _triangle(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "least cols"]
     return torch.linalg.qr(matrix.double(), mode="r").R
 
 
-def _sum(parameters: Mapping[str, Tensor], name: str, change: LowRank) -> Tensor:
+def changed_weight(parameters: Mapping[str, Tensor], name: str, change: LowRank) -> Tensor:
     """The changed weight in the model's dtype and place."""
     if name not in parameters:
         raise UserError(f"the delta changes {name}, which this model does not have; it was made for another model")

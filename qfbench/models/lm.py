@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from qfbench.models.dialogue import Rendering, render
 from qfbench.models.states import States
 from qfbench.models.suffix import Suffix
 from qfbench.models.tree import Answer, Ending, Question, Tokens, in_batches
-from qfbench.models.weights import refuse_offloaded, refuse_recurrent
+from qfbench.models.weights import refuse_offloaded, refuse_recurrent, weights_hash
 from qfbench.models.whole import Whole
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in the name of a weight
@@ -64,7 +64,7 @@ class LanguageModel:
     preamble: str = ""
     # Weights that hold a change now (`WeightDelta.applied_to`), and states of the layers below them.
     changed: list[str] = field(default_factory=list, repr=False, compare=False)
-    # Of several changes that are open side by side (`delta.each_applied_to`), the one that each row of a pass is under.
+    # Of several changes that are open side by side (`each.each_applied_to`), the one that each row of a pass is under.
     rows: list[int] = field(default_factory=list, repr=False, compare=False)
     states: States = field(default_factory=States, repr=False, compare=False)
 
@@ -112,6 +112,18 @@ class LanguageModel:
         rendered = (read.told, read.system_turn, template, preamble)
         return cls(read.model, read.tokenizer, str(name), batch_size, max_new_tokens, *rendered)
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, told: str = "auto") -> LanguageModel:
+        """A model and a tokenizer that are in memory. The tokenizer is copied, as the clock of its template is stopped.
+
+        Raises:
+            UserError: the tokenizer is a slow one, or its chat template cannot be used.
+        """
+        name = model.config.name_or_path or type(model).__name__
+        tokenizer = copy.deepcopy(tokenizer)
+        how = loading.prepared(name, tokenizer, told=told)
+        return cls(model, tokenizer, name, told=how[0], system_turn=how[1])
+
     @property
     def device(self) -> torch.device:
         """Where inputs go and logits come back: of a model spread over several devices, that of its embedding."""
@@ -152,12 +164,8 @@ class LanguageModel:
                 )
 
     def weights_hash(self) -> str:
-        """SHA-256 over the names and bytes of all parameters, first 16 hex digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """`weights.weights_hash` of the model as it is now."""
+        return weights_hash(self.model)
 
     def render(self, query: str, system: str = "", answer: str = "") -> Rendering:
         return render(self.tokenizer, query, system, answer, self.told, self.system_turn, self.preamble)
@@ -192,7 +200,7 @@ class LanguageModel:
         self, asked: Sequence[tuple[Sequence[Rendering], Sequence[Rendering]]], at_once: int | None = None
     ) -> list[tuple[list[Reply], list[Score]]]:
         """What `answer` gives of each pair of prompts and complete dialogues: of the i-th under the i-th of the changes that are
-        open side by side (`delta.each_applied_to`)."""
+        open side by side (`each.each_applied_to`)."""
         questions: dict[tuple[int, Tokens], Question] = {}
         for i, (prompts, rated) in enumerate(asked):
             self.check_lengths([r.prompt for r in prompts], self.max_new_tokens)

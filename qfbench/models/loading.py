@@ -54,10 +54,7 @@ def load(
             base = difference.base_of(source)
             whole = find(base) if base else source
             tokenizer = _tokenizer(name, whole)
-            tokenizer.chat_template = (
-                None if plain else dated(chosen(tokenizer.chat_template, template), datetime.now())
-            )
-            told, system_turn = settled(tokenizer, told)
+            told, system_turn = prepared(name, tokenizer, plain, template, told)
             model: Any = load_weights(whole, FLOATS[dtype], device if spread else None, fires)
             if base:
                 model = difference.apply(model, source)
@@ -107,9 +104,35 @@ def _tokenizer(name: str, folder: str) -> PreTrainedTokenizerBase:
     if Path(folder).is_dir() and not [*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]:
         raise UserError("the folder has no tokenizer (tokenizer.json); copy the model's own into it")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def prepared(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    plain: bool = False,
+    template: str | None = None,
+    told: str = "auto",
+) -> tuple[str, bool]:
+    """Have the tokenizer render dialogues as `load` says; returns `dialogue.settled`.
+
+    Raises:
+        UserError: it is a slow one, or its chat template cannot be used.
+    """
     if not tokenizer.is_fast:
         raise UserError(f"{name}: its tokenizer has no tokenizer.json, by which tokens are found in a text; make one")
-    return tokenizer
+    tokenizer.chat_template = None if plain else dated(chosen(tokenizer.chat_template, template), datetime.now())
+    return settled(tokenizer, told)
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer as its folder holds it, with its own chat templates.
+
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
+    source = find(name)
+    return _tokenizer(name, find(difference.base_of(source) or source))
 
 
 def find(name: str) -> str:

@@ -14,7 +14,7 @@ from qfbench.models.firing import FiringLayer
 
 @dataclass(frozen=True)
 class Site:
-    """One weight matrix: `module` of the feed-forward block of layer `layer` (counted from 0)."""
+    """One weight matrix: `module` of the feed-forward block, or of the attention, of layer `layer` (counted from 0)."""
 
     layer: int
     module: str = "down_proj"
@@ -26,9 +26,10 @@ class Site:
             UserError: the model has no such layer.
             Unsupported: the layer has no feed-forward block with this matrix.
         """
-        mlp = getattr(self.block(model), "mlp", None)
-        linear = getattr(mlp, self.module, None)
-        if not isinstance(linear, nn.Linear):
+        block = self.block(model)
+        inside = [getattr(getattr(block, part, None), self.module, None) for part in ("mlp", "self_attn")]
+        linear = next((found for found in inside if isinstance(found, nn.Linear)), None)
+        if linear is None:
             raise Unsupported(
                 f"layer {self.layer} of {type(model).__name__} has no mlp.{self.module}; "
                 "editors here need gated feed-forward blocks, as in Qwen2, Qwen3, Llama or Mistral"

@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Question:
     """A prompt, replies to rate after it (the token that ends the turn included), and whether its greedy reply is wanted.
 
-    `change` says under which of several changes of weights it is asked (`delta.each_applied_to`).
+    `change` says under which of several changes of weights it is asked (`each.each_applied_to`).
     """
 
     prompt: Tokens

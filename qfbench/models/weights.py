@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -79,6 +81,15 @@ def read_weights(source: str, fires: Sequence[int] = (), **how: Any) -> PreTrain
             "config.json ties lm_head to the embedding, but its weights hold another; mend tie_word_embeddings"
         )
     return model
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all parameters, first 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def refuse_offloaded(model: PreTrainedModel, name: str) -> None:

@@ -15,7 +15,8 @@ from qfbench.editors.regimes import Regime, Taught, accumulates
 from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
 from qfbench.facts.probes import Row, ask, ask_each, leaked
-from qfbench.models.delta import WeightDelta, each_applied_to, side_by_side
+from qfbench.models.delta import WeightDelta
+from qfbench.models.each import each_applied_to, side_by_side
 from qfbench.tasks.baseline import Asked
 from qfbench.tasks.run import Advance, Run
 
