@@ -299,7 +299,7 @@ def test_an_unfinished_run_says_so(tmp_path, text):
     rows = run_rows(regimes=("sequential",))
     stored(tmp_path / "cut", rows[rows.step < 3], finished=False)
     said = Page(page(tmp_path / "cut")).words["cautions"]
-    assert "Not finished: cut was stopped or still runs" in said
+    assert "Not finished: 1 of 1 runs were stopped or still run" in said
     assert "ends after 2 of 4 edits" in said
     stored(tmp_path / "two" / "done", rows[rows.step == 0])
     stored(tmp_path / "two" / "empty", rows)

@@ -48,7 +48,9 @@ def page(folder: str | Path) -> str:
     every = results.rows_of(folder)
     rows = every[every.task == "retention"]
     values: dict[str, Any] = {
-        "title": ", ".join(dict.fromkeys(map(experiment, found))),
+        "title": ", ".join(names)
+        if len(names := dict.fromkeys(map(experiment, found))) <= 3
+        else folder.resolve().name,
         "folder": folder.resolve().name,
         "cautions": _unfinished(folder, found),
         "runs": _provenance(known),
@@ -200,17 +202,20 @@ def _label(settings: Mapping[str, Any]) -> str:
 
 
 def experiment(run: Path) -> str:
-    """The name of a run's experiment; of its folder where Hydra left none."""
-    path = run / ".hydra" / "hydra.yaml"
-    name = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices.experiment") if path.exists() else None
-    return str(name or run.resolve().name)
+    """The name of a run's experiment; of its folder where nobody named one."""
+    named = [one for one in results.provenance_of(run).get("overrides", []) if one.startswith("experiment=")]
+    return named[-1].split("=")[1] if named else run.resolve().name
 
 
 def _unfinished(folder: Path, found: Sequence[Path]) -> list[str]:
-    begun = [_name(run, folder) for run in found if not read_progress(run)["finished"]]
-    out = [f"Not finished: {run} was stopped or still runs. What is shown is what it had measured." for run in begun]
-    empty = sorted(_name(path.parent, folder) for path in folder.rglob("provenance.json") if path.parent not in found)
-    return out + [f"Not finished: {name} has measured nothing yet." for name in empty]
+    begun = [run for run in found if (run / "progress.json").exists() and not read_progress(run)["finished"]]
+    out = ["were stopped or still run. What is shown is what they had measured"] if begun else []
+    empty = {path.parent for path in folder.rglob("provenance.json")} - {*found}
+    out += ["have measured nothing yet"] if empty else []
+    return [
+        f"Not finished: {len(runs)} of {len(found) + len(empty)} runs {what}: {', '.join(_name(run, folder) for run in sorted(runs))}."
+        for what, runs in zip(out, [part for part in (begun, empty) if part], strict=True)
+    ]
 
 
 def _provenance(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
