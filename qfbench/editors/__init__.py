@@ -1,10 +1,13 @@
 """Editors: each turns facts into a change of weights."""
 
+from qfbench.editors.alphaedit import AlphaEdit
 from qfbench.editors.base import Editor
 from qfbench.editors.finetune import FineTune
+from qfbench.editors.memit import MEMIT
 from qfbench.editors.qf import QF
 from qfbench.editors.qf2 import QF2
 from qfbench.editors.replay import Replay
+from qfbench.editors.rome import ROME
 from qfbench.editors.stream import QFStream
 
-__all__ = ["QF", "QF2", "Editor", "FineTune", "QFStream", "Replay"]
+__all__ = ["MEMIT", "QF", "QF2", "ROME", "AlphaEdit", "Editor", "FineTune", "QFStream", "Replay"]
