@@ -1,6 +1,7 @@
 """ROME: constrained least squares, and what all locate-and-edit editors share: the search for a value, contexts, sequences."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_the_search_lowers_nats_more_the_longer_and_stays_within_its_limit(tiny,
     for steps in (1, 5, 20):
         found = values(lm, Site(1), asked, **(plain | {"steps": steps}))
         costs.append([one.loss for one in found])
-    assert all(a > b for before, after in zip(costs, costs[1:], strict=False) for a, b in zip(before, after, strict=True))
+    assert all(a > b for before, after in pairwise(costs) for a, b in zip(before, after, strict=True))
     for one in values(lm, Site(1), asked, **(plain | {"lr": 1.0, "limit": 0.3})):
         assert one.change.norm() / one.output.norm() == pytest.approx(0.3)
     heavy = values(lm, Site(1), asked, **(SEARCH | {"weight_decay": 1e4}))
@@ -198,7 +199,10 @@ def test_the_loss_is_nats_and_divergence_and_size(tiny, known):
     for dialogue, at in zip(one.dialogues, one.at, strict=True):
         logs = said(dialogue, at)
         cost -= sum(logs[dialogue.answer - 1 + i, token].item() for i, token in enumerate(dialogue.reply)) / 2
-    now, before = said(one.essence, one.essence_at)[-1], lm.model(input_ids=torch.tensor([one.essence.ids])).logits[0, -1]
+    now, before = (
+        said(one.essence, one.essence_at)[-1],
+        lm.model(input_ids=torch.tensor([one.essence.ids])).logits[0, -1],
+    )
     cost += 3.0 * (now.exp() * (now - before.log_softmax(0))).sum().item()
     cost += 7.0 * (found.change.norm() / found.output.norm()).item() ** 2
     assert found.loss == pytest.approx(cost, rel=1e-4)
@@ -254,9 +258,13 @@ def test_a_fact_without_a_subject_is_refused_before_anything_is_asked(tiny, know
     monkeypatch.setattr(type(lm), "replies", None)
     for subject in ("", "Nobody"):
         bad = [known[0], replace(known[1], subject=subject)]
-        for run in (lambda: editor.edit(lm, bad), lambda: next(editor.one_by_one(lm, bad)), lambda: next(editor.joint(lm, bad))):  # noqa: B023
+        for run in (
+            editor.edit,
+            lambda *given: next(editor.one_by_one(*given)),
+            lambda *given: next(editor.joint(*given)),
+        ):
             with pytest.raises(UserError, match=r"fact fact-1: the field 'subject' .* names nothing in the query"):
-                run()
+                run(lm, bad)
 
 
 @pytest.mark.parametrize("editor", EACH, ids=lambda editor: type(editor).__name__)

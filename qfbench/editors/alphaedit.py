@@ -27,7 +27,7 @@ class AlphaEdit(Spread):
         ridge: λ, in squared units of the keys.
     """
 
-    threshold: float = 0.02
+    threshold: float = 0.1
     ridge: float = 1.0
 
     above_zero: ClassVar[tuple[str, ...]] = (*Spread.above_zero, "threshold", "ridge")

@@ -83,9 +83,7 @@ class Located(Editor):
         asked, scene = self._begin(lm, facts)
         return self._taught(lm, scene, asked, [])
 
-    def one_by_one(
-        self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0
-    ) -> Iterator[partial[WeightDelta]]:
+    def one_by_one(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[partial[WeightDelta]]:
         """What was read of the unedited model is read once; of earlier facts nothing is remembered that is not read anew, so
         that a sequence goes on anywhere."""
         asked, scene = self._begin(lm, facts)
@@ -107,16 +105,14 @@ class Located(Editor):
         for fact in facts:
             Asked.of(lm, fact)  # before all that takes time
         kept = staying(lm, self.keep, facts)
-        said = dict.fromkeys(lm.tokenizer.decode(list(d.ids[d.answer : d.closer])).strip() for d in kept)
+        said = dict.fromkeys(str(lm.tokenizer.decode(list(d.ids[d.answer : d.closer]))).strip() for d in kept)
         texts = [text for text in said if text]
         contexts = tuple(texts[:: max(1, len(texts) // max(1, self.contexts))][: self.contexts])
         moments = zip(self.sites, moments_of(lm, kept, self.sites), strict=True)
         scene = Scene(contexts, tuple(self.inverse(moment, site) for site, moment in moments))
         return [Asked.of(lm, fact, contexts) for fact in facts], scene
 
-    def _taught(
-        self, lm: LanguageModel, scene: Scene, asked: Sequence[Asked], before: Sequence[Asked]
-    ) -> WeightDelta:
+    def _taught(self, lm: LanguageModel, scene: Scene, asked: Sequence[Asked], before: Sequence[Asked]) -> WeightDelta:
         # Where the model holds no change (regime=single), nothing was taught before.
         delta = self.together(lm, scene, asked, found := self._values(lm, asked), before if lm.changed else [])
         tokens = float(sum(len(one.dialogues[0].reply) for one in asked))

@@ -67,6 +67,7 @@ class Stream:
         """Take in one fact's tokens; a weight below 0 takes them out again. Returns the step of `change`."""
         step, back = least(self.inverse, keys, wanted - keys @ self.change.T, weights)
         self.change = self.change + step.dense()
+        assert step.right is not None
         inverse = self.inverse - step.right.T @ back
         self.inverse = (inverse + inverse.T) / 2
         return step

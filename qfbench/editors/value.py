@@ -26,7 +26,6 @@ from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
 
-
 T = TypeVar("T")
 
 
@@ -128,10 +127,10 @@ def values(
             return terms.sum()
 
         for batch in batched([(i, k) for i in left for k in range(len(asked[i].at))], lm.batch_size):
-            rows = [i for i, _ in batch]
-            with added(lm, site, [asked[i].at[k] for i, k in batch], change(at, rows)):
+            own = [i for i, _ in batch]
+            with added(lm, site, [asked[i].at[k] for i, k in batch], change(at, own)):
                 nats = nll_of_tokens(lm, [asked[i].dialogues[k] for i, k in batch], weights).sum(1)
-            yield of(rows, nats / torch.tensor([len(asked[i].at) for i in rows], device=nats.device))
+            yield of(own, nats / torch.tensor([len(asked[i].at) for i in own], device=nats.device))
         for rows in batched(left, lm.batch_size) if kl else ():
             before = torch.stack([usual[i] for i in rows])
             yield of(rows, kl * kl_div(before, begun(at, rows), reduction="none", log_target=True).sum(1))
