@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -101,7 +101,7 @@ class Located(Editor):
                 yield self.together(lm, scene, asked[:n], found[:n], [])
 
     def _begin(self, lm: LanguageModel, facts: Sequence[Fact]) -> tuple[list[Asked], Scene]:
-        check_layers(lm, (), self.sites)
+        self.check(lm)
         for fact in facts:
             Asked.of(lm, fact)  # before all that takes time
         kept = staying(lm, self.keep, facts)
@@ -116,7 +116,7 @@ class Located(Editor):
         # Where the model holds no change (regime=single), nothing was taught before.
         delta = self.together(lm, scene, asked, found := self._values(lm, asked), before if lm.changed else [])
         tokens = float(sum(len(one.dialogues[0].reply) for one in asked))
-        return WeightDelta(delta.changes, {"tokens": tokens, "loss": sum(one.loss for one in found) / len(found)})
+        return replace(delta, notes={"tokens": tokens, "loss": sum(one.loss for one in found) / len(found)})
 
     def _values(self, lm: LanguageModel, asked: Sequence[Asked]) -> list[Value]:
         how = self.lr, self.steps, self.stop_at, self.limit, self.weight_decay, self.kl
