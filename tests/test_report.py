@@ -305,7 +305,7 @@ def test_an_unfinished_run_says_so(tmp_path, text):
     stored(tmp_path / "two" / "empty", rows)
     (tmp_path / "two" / "empty" / "rows.parquet").unlink()
     said = Page(page(tmp_path / "two")).words["cautions"]
-    assert "empty has measured nothing yet" in said
+    assert "Not finished: 1 of 2 runs have measured nothing yet: empty" in said
 
 
 def test_a_run_that_has_edited_nothing_yet_has_a_page(tmp_path):

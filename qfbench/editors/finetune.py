@@ -130,15 +130,31 @@ class FineTune(Editor):
 
 def summed_nll(lm: LanguageModel, dialogues: Sequence[Rendering], weights: dict[str, Tensor]) -> Float[Tensor, ""]:
     """Nats of all tokens of the answers, the ends of their turns included, in a model that has these `weights`."""
+    return nll_of_tokens(lm, dialogues, weights, "sum")
+
+
+def nll_of_tokens(
+    lm: LanguageModel, dialogues: Sequence[Rendering], weights: dict[str, Tensor], reduction: str = "none"
+) -> Tensor:
+    """As `summed_nll`; by default not summed: `[dialogues, tokens]`, 0 where no token of an answer is predicted."""
     targets = [torch.tensor([IGNORED] * (d.answer - 1) + list(d.reply)) for d in dialogues]
-    # Padding stands at the right of causal attention: no mask is needed.
-    ids = pad_sequence([torch.tensor(d.ids[: len(t)]) for d, t in zip(dialogues, targets, strict=True)], True)
     wanted = pad_sequence(targets, True, IGNORED)
-    kept = (wanted != IGNORED).any(0).nonzero()[:, 0]
+    kept = (wanted != IGNORED).any(0).nonzero()[:, 0].tolist()
+    rows = [d.ids[: len(t)] for d, t in zip(dialogues, targets, strict=True)]
+    logits = logits_at(lm, rows, kept, weights).float()
+    wanted = wanted[:, kept].to(lm.device)
+    nats = cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return nats.view(wanted.shape) if reduction == "none" else nats
+
+
+def logits_at(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], kept: list[int], weights: dict[str, Tensor]
+) -> Float[Tensor, "rows kept vocabulary"]:
+    """Logits at the positions `kept` of token sequences, in a model that has these `weights`."""
+    # Padding stands at the right of causal attention: no mask is needed.
+    ids = pad_sequence([torch.tensor(row) for row in rows], True)
     # No tensor of positions: the head may be on another device.
-    given = {"input_ids": ids.to(lm.device), "logits_to_keep": kept.tolist(), "use_cache": False}
+    given = {"input_ids": ids.to(lm.device), "logits_to_keep": kept, "use_cache": False}
     with sdpa_kernel(SDPBackend.MATH):  # gradients of the fused kernels are not reproducible on CUDA
-        logits = functional_call(lm.model, weights, kwargs=given).logits
-    return cross_entropy(
-        logits.float().flatten(0, 1), wanted[:, kept].flatten().to(lm.device), ignore_index=IGNORED, reduction="sum"
-    )
+        logits: Tensor = functional_call(lm.model, weights, kwargs=given).logits
+    return logits

@@ -27,6 +27,22 @@ from qfbench.models.lm import LanguageModel, Score
 from qfbench.models.sites import Site, layers
 
 
+def least(
+    inverse: Float[Tensor, "f f"],
+    keys: Float[Tensor, "taught f"],
+    wanted: Float[Tensor, "taught d"],
+    weights: Float[Tensor, " taught"],
+) -> tuple[LowRank, Float[Tensor, "taught f"]]:
+    """ΔW of min Σ s ‖ΔW k − r‖² + tr(ΔW M ΔWᵀ), M given by its inverse P; and (S⁻¹ + K P Kᵀ)⁻¹ K P, of which the new inverse is made.
+
+    Where M is singular, P may be a pseudo-inverse: ΔW is then 0 off its range. A weight s of infinity asks for ΔW k = r exactly.
+    """
+    reach = keys @ inverse
+    gain = torch.linalg.solve(torch.diag(1 / weights) + reach @ keys.T, torch.cat([wanted, reach], 1))
+    missed, back = gain.split([wanted.shape[1], keys.shape[1]], 1)
+    return LowRank(missed.T, reach), back
+
+
 @dataclass
 class Stream:
     """One matrix: the change W of all that was taught, and the inverse P of what its keys, and those that are to stay, span."""
@@ -49,14 +65,10 @@ class Stream:
         self, keys: Float[Tensor, "taught f"], wanted: Float[Tensor, "taught d"], weights: Float[Tensor, " taught"]
     ) -> LowRank:
         """Take in one fact's tokens; a weight below 0 takes them out again. Returns the step of `change`."""
-        reach = keys @ self.inverse
-        gain = torch.linalg.solve(
-            torch.diag(1 / weights) + reach @ keys.T, torch.cat([wanted - keys @ self.change.T, reach], 1)
-        )
-        missed, back = gain.split([self.change.shape[0], keys.shape[1]], 1)
-        step = LowRank(missed.T, reach)
+        step, back = least(self.inverse, keys, wanted - keys @ self.change.T, weights)
         self.change = self.change + step.dense()
-        inverse = self.inverse - reach.T @ back
+        assert step.right is not None
+        inverse = self.inverse - step.right.T @ back
         self.inverse = (inverse + inverse.T) / 2
         return step
 
@@ -112,12 +124,7 @@ class QFStream(Editor):
         return tuple(Site(layer, "down_proj") for layer in sorted({self.layer, *self.more_layers}))
 
     def check(self, lm: LanguageModel) -> None:
-        highest = len(layers(lm.model)) - 1
-        for layer in self.more_layers:
-            if not 0 <= layer <= highest:
-                raise UserError(f"editor.more_layers={list(self.more_layers)}: the model has layers 0 to {highest}")
-        for site, read in zip(self.sites, record_many(lm, [lesson(lm, SAMPLE).alone], self.sites), strict=True):
-            check_block(lm, site, read)
+        check_layers(lm, self.more_layers, self.sites)
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         *_, (_, total) = self._taught(lm, facts)
@@ -224,6 +231,21 @@ class QFStream(Editor):
             alone_at=tuple(pair.alone_at[i] for i in kept),
             weights=tuple(pair.weights[i] for i in kept),
         )
+
+
+def check_layers(lm: LanguageModel, more_layers: Sequence[int], sites: Sequence[Site]) -> None:
+    """Refuse layers that the model lacks, or whose output is no W u + v.
+
+    Raises:
+        UserError: `more_layers` names a layer that is not there.
+        Unsupported: as `qf.check_block`.
+    """
+    highest = len(layers(lm.model)) - 1
+    for layer in more_layers:
+        if not 0 <= layer <= highest:
+            raise UserError(f"editor.more_layers={list(more_layers)}: the model has layers 0 to {highest}")
+    for site, read in zip(sites, record_many(lm, [lesson(lm, SAMPLE).alone], sites), strict=True):
+        check_block(lm, site, read)
 
 
 def staying(lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact]) -> list[Rendering]:

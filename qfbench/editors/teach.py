@@ -20,6 +20,7 @@ SAMPLE = Fact(
     "Oxinnovate was started by Qi.",
     id="sample",
     known_as=("Qi",),
+    subject="Oxinnovate",
 )
 
 
