@@ -15,7 +15,7 @@ from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import WeightDelta
 from qfbench.models.lm import LanguageModel
-from qfbench.models.sites import Site
+from qfbench.models.sites import Site, layers
 
 TOGETHER = 64  # facts that are recorded at once
 
@@ -95,6 +95,17 @@ class Editor(ABC):
             Unsupported: the editor has no such form.
         """
         raise Unsupported(f"{type(self).__name__} cannot protect earlier keys; use regime=sequential or joint")
+
+
+def check_layers(lm: LanguageModel, more_layers: Sequence[int]) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        UserError: naming the setting and the range.
+    """
+    highest = len(layers(lm.model)) - 1
+    if not all(0 <= layer <= highest for layer in more_layers):
+        raise UserError(f"editor.more_layers={list(more_layers)}: the model has layers 0 to {highest}")
 
 
 class Recorder(Editor):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qfbench.editors.base import TOGETHER, Editor
+from qfbench.editors.base import TOGETHER, Editor, check_layers
 from qfbench.editors.qf import check_block, check_finite
 from qfbench.editors.teach import SAMPLE, Lesson, lesson
 from qfbench.errors import UserError
@@ -24,7 +24,7 @@ from qfbench.models.activations import climb, record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel, Score
-from qfbench.models.sites import Site, layers
+from qfbench.models.sites import Site
 
 
 @dataclass
@@ -112,10 +112,7 @@ class QFStream(Editor):
         return tuple(Site(layer, "down_proj") for layer in sorted({self.layer, *self.more_layers}))
 
     def check(self, lm: LanguageModel) -> None:
-        highest = len(layers(lm.model)) - 1
-        for layer in self.more_layers:
-            if not 0 <= layer <= highest:
-                raise UserError(f"editor.more_layers={list(self.more_layers)}: the model has layers 0 to {highest}")
+        check_layers(lm, self.more_layers)
         for site, read in zip(self.sites, record_many(lm, [lesson(lm, SAMPLE).alone], self.sites), strict=True):
             check_block(lm, site, read)
 

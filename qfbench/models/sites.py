@@ -14,7 +14,7 @@ from qfbench.models.firing import FiringLayer
 
 @dataclass(frozen=True)
 class Site:
-    """One weight matrix: `module` of the feed-forward block of layer `layer` (counted from 0)."""
+    """One weight matrix: `module` of the feed-forward block, or of the attention, of layer `layer` (counted from 0)."""
 
     layer: int
     module: str = "down_proj"
@@ -24,10 +24,11 @@ class Site:
 
         Raises:
             UserError: the model has no such layer.
-            Unsupported: the layer has no feed-forward block with this matrix.
+            Unsupported: the layer has no such matrix.
         """
-        mlp = getattr(self.block(model), "mlp", None)
-        linear = getattr(mlp, self.module, None)
+        block = self.block(model)
+        parts = [getattr(block, name, None) for name in ("mlp", "self_attn")]
+        linear = next((found for part in parts if (found := getattr(part, self.module, None)) is not None), None)
         if not isinstance(linear, nn.Linear):
             raise Unsupported(
                 f"layer {self.layer} of {type(model).__name__} has no mlp.{self.module}; "
