@@ -28,12 +28,12 @@ IGNORED = -100  # the target of a position that is not taught, as cross_entropy 
 
 def descend(
     losses: Callable[[Tensor], Iterable[Tensor]],
-    start: Float[Tensor, "rows cols"],
+    start: Float[Tensor, "*shape"],
     lr: float,
     steps: int,
     stop_at: float = 0.0,
     by_term: bool = False,
-) -> tuple[Float[Tensor, "rows cols"], int, float]:
+) -> tuple[Float[Tensor, "*shape"], int, float]:
     """Adam (Kingma and Ba 2015) from `start`: where it ends, the number of steps taken, and the loss there.
 
     Ends once the loss is below `stop_at`, or after `steps` steps.
