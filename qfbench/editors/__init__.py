@@ -8,6 +8,7 @@ from qfbench.editors.patch import QFPatch
 from qfbench.editors.qf import QF
 from qfbench.editors.qf2 import QF2
 from qfbench.editors.replay import Replay
+from qfbench.editors.retrieval import PromptRetrieval
 from qfbench.editors.stream import QFStream
 
-__all__ = ["QF", "QF2", "Editor", "FineTune", "LoRA", "LocFT", "QFPatch", "QFStream", "Replay"]
+__all__ = ["QF", "QF2", "Editor", "FineTune", "LoRA", "LocFT", "PromptRetrieval", "QFPatch", "QFStream", "Replay"]

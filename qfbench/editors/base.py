@@ -45,7 +45,12 @@ class Editor(ABC):
     @property
     @abstractmethod
     def sites(self) -> tuple[Site, ...]:
-        """The weight matrices that the editor changes, one or more. Titles and tables name the layer of the first."""
+        """The weight matrices that the editor changes. Titles and tables name the layer of the first. Empty: it changes none."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What rows say of where weights are changed."""
+        return {"layer": self.sites[0].layer} if self.sites else {}
 
     def check(self, lm: LanguageModel) -> None:
         """Raise what `edit` would raise on this model whatever the facts are, before anything is asked. `lm` is left as it is.

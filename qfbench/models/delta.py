@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,12 +77,14 @@ class WeightDelta:
 
     `notes` are figures that the editor found on the way (tokens taught, condition of the keys ...), for the log; `keys` are,
     for each fact in the order of teaching, the inputs of the changed matrix at its taught tokens, `[taught, cols]`, where the
-    editor has such. Notes are not saved, keys if asked.
+    editor has such. Notes are not saved, keys if asked. `told` are no weights: (subject, instruction), which is put into the
+    prompt of a dialogue whose query names the subject (`LanguageModel.render`).
     """
 
     changes: Mapping[str, LowRank] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
     keys: Sequence[Tensor] = ()
+    told: Sequence[tuple[str, str]] = ()
 
     def __add__(self, other: WeightDelta) -> WeightDelta:
         merged = dict(self.changes)
@@ -94,7 +97,7 @@ class WeightDelta:
             if keys and size > KEYS:
                 break
             keys.append(key)
-        return WeightDelta(merged, other.notes, keys[::-1])
+        return WeightDelta(merged, other.notes, keys[::-1], (*self.told, *other.told))
 
     def norm(self) -> float:
         """Frobenius norm over all changed weights."""
@@ -118,7 +121,8 @@ class WeightDelta:
 
     @contextmanager
     def applied_to(self, lm: LanguageModel) -> Iterator[LanguageModel]:
-        """Add the change to the model's weights while open; on exit the saved weights are put back bit for bit.
+        """Add the change to the model's weights while open, and tell what is `told`; on exit the saved weights are put back bit
+        for bit.
 
         The sum is formed in float64 and then rounded to the model's dtype.
 
@@ -129,15 +133,16 @@ class WeightDelta:
         parameters = dict(lm.model.named_parameters())
         written = {name: _sum(parameters, name, change) for name, change in self.changes.items()}
         saved = {name: parameters[name].detach().clone() for name in written}
-        before = list(lm.changed)
+        before, told_before = list(lm.changed), list(lm.told_of)
         try:
             lm.changed.extend(written)
+            lm.told_of.extend(self.told)
             with torch.no_grad():  # not through `.data`, which would hide the change from the weight's version
                 for name, tensor in written.items():
                     parameters[name].copy_(tensor)
             yield lm
         finally:
-            lm.changed[:] = before
+            lm.changed[:], lm.told_of[:] = before, told_before
             with torch.no_grad():
                 for name, tensor in saved.items():
                     parameters[name].copy_(tensor)
@@ -159,7 +164,8 @@ class WeightDelta:
             tensors[f"{name}:left"] = change.left
             if change.right is not None:
                 tensors[f"{name}:right"] = change.right
-        sealed.save(tensors, Path(path), {"format": "qfbench-delta"})
+        told = {"told": json.dumps(self.told)} if self.told else {}
+        sealed.save(tensors, Path(path), {"format": "qfbench-delta"} | told)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> WeightDelta:
@@ -171,9 +177,10 @@ class WeightDelta:
         tensors, metadata = sealed.load(Path(path), device)
         if metadata.get("format") != "qfbench-delta":
             raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
+        told = [(subject, text) for subject, text in json.loads(metadata.get("told", "[]"))]
         keys = [tensors.pop(f":{i}:key") for i in range(sum(name.endswith(":key") for name in tensors))]
         names = sorted({name.rsplit(":", 1)[0] for name in tensors})
-        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
+        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys, told=told)
 
 
 def _triangle(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "least cols"]:
