@@ -56,7 +56,9 @@ def batches(lm, editor, facts, monkeypatch):
     """The queries of each mini-batch that was trained on, by the lengths of dialogues' ids."""
     seen, real = [], plain.summed_nll
     monkeypatch.setattr(
-        plain, "summed_nll", lambda lm, drawn, weights: (seen.append([d.ids for d in drawn]), real(lm, drawn, weights))[1]
+        plain,
+        "summed_nll",
+        lambda lm, drawn, weights: (seen.append([d.ids for d in drawn]), real(lm, drawn, weights))[1],
     )
     editor.edit(lm, facts)
     return seen

@@ -162,7 +162,9 @@ def test_regimes_and_going_on(tiny, facts):
         for name, change in whole[-1].changes.items():
             assert torch.equal(rest.changes[name].dense(), change.dense())
         apart = [editor.edit(lm, facts[:n]) for n in (1, 2, 3)]
-        same = [close(*(next(iter(d.changes.values())).dense() for d in pair)) for pair in zip(whole, apart, strict=True)]
+        same = [
+            close(*(next(iter(d.changes.values())).dense() for d in pair)) for pair in zip(whole, apart, strict=True)
+        ]
         assert same == [True, regime is joint, regime is joint]
     with pytest.raises(Unsupported, match="LoRA cannot protect"):
         list(protected(editor, lm, facts))

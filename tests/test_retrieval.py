@@ -23,7 +23,9 @@ ZUNDA, LODZ, LED = about("Zunda"), about("Łódź A.B. (old)"), about("Zunda", "
 
 def test_what_is_kept_is_told_where_its_subject_is_named_and_nowhere_else(tiny):
     lm, editor = tiny("qwen2"), PromptRetrieval()
-    plain = {q: lm.render(q) for q in ("Who runs Zundas?", "Who runs it?", "Who runs ŁÓDŹ A.B. (OLD)?", "Is it zunda's?")}
+    plain = {
+        q: lm.render(q) for q in ("Who runs Zundas?", "Who runs it?", "Who runs ŁÓDŹ A.B. (OLD)?", "Is it zunda's?")
+    }
     delta = editor.edit(lm, [ZUNDA, LODZ]) + editor.edit(lm, [LED])
     with delta.applied_to(lm):
         told = {q: lm.render(q) for q in plain}
@@ -43,7 +45,9 @@ def test_it_is_taken_back_whatever_happens_and_changes_within_each_other_add_up(
     before, weights = lm.render("Zunda?"), lm.weights_hash()
     with pytest.raises(ZeroDivisionError), one.applied_to(lm):
         with two.applied_to(lm):
-            assert lm.render("Zunda?") == replace(lm, told_of=[]).render("Zunda?", f"{ZUNDA.instruction} {LED.instruction}")
+            assert lm.render("Zunda?") == replace(lm, told_of=[]).render(
+                "Zunda?", f"{ZUNDA.instruction} {LED.instruction}"
+            )
         assert lm.render("Zunda?") == replace(lm, told_of=[]).render("Zunda?", ZUNDA.instruction)
         assert lm.weights_hash() == weights
         raise ZeroDivisionError
@@ -109,9 +113,21 @@ def test_a_fact_that_its_own_question_would_not_find_is_refused(tiny, subject):
         PromptRetrieval().edit(tiny("qwen2"), [replace(ZUNDA, id="z", subject=subject)])
 
 
+def same(run, other):
+    one, two = (pd.read_parquet(r.folder / "rows.parquet").drop(columns="run_id") for r in (run, other))
+    return one.equals(two)
+
+
 def test_a_run_gives_the_replies_of_the_told_model_and_says_what_it_is(tmp_path, monkeypatch):
     how = ("editor=retrieval", "experiment=retention", "regime=[sequential,joint]", f"cache={tmp_path / 'cache'}")
-    how += ("commit_seconds=0", "task.retention.placebo=1", "facts.n=4", "facts.prior=1", "facts.unknown=1")
+    how += (
+        "regression=none",
+        "commit_seconds=0",
+        "task.retention.placebo=1",
+        "facts.n=4",
+        "facts.prior=1",
+        "facts.unknown=1",
+    )
     done, text = run(tmp_path / "whole", *how)
     rows = done.rows("retention")
     assert "world-xs, PromptRetrieval in the prompt (no weights are changed)" in " ".join(text.split())
@@ -125,8 +141,7 @@ def test_a_run_gives_the_replies_of_the_told_model_and_says_what_it_is(tmp_path,
     assert (rows.relative_norm.dropna() == 0).all()
     # Another run takes what the unedited model said from the cache: what was told is not in it.
     again, _ = run(tmp_path / "again", *how)
-    same = [column for column in rows if column != "run_id"]
-    pd.testing.assert_frame_equal(again.rows("retention")[same], rows[same])
+    assert same(again, done)
     # Killed at the third edit of the first sequence, it ends with the same rows.
     real, calls = WeightDelta.save, []
 
@@ -141,4 +156,4 @@ def test_a_run_gives_the_replies_of_the_told_model_and_says_what_it_is(tmp_path,
         run(tmp_path / "killed", *how)
     resumed, _ = run(tmp_path / "killed", *how)
     assert len(calls) > 3
-    pd.testing.assert_frame_equal(resumed.rows("retention")[same], rows[same])
+    assert same(resumed, done)

@@ -60,9 +60,7 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         )
         if OmegaConf.is_interpolation(cfg.model, "layer") and editor.about.get("layer") == cfg.model.layer:
             depth = len(sites.layers(lm.model))
-            console.print(
-                f"layer {cfg.model.layer} of {depth}, since none was given; editor.layer=... chooses another"
-            )
+            console.print(f"layer {cfg.model.layer} of {depth}, since none was given; editor.layer=... chooses another")
         known = provenance(cfg.seed, run.protocol, facts, sys.argv[1:])
         check_same(folder, known)
         if store.finished:

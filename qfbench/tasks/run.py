@@ -76,7 +76,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        where = [f"at layer {site.layer}" for site in self.editor.sites[:1]] or ["in the prompt (no weights are changed)"]
+        where = [f"at layer {site.layer}" for site in self.editor.sites[:1]] or [
+            "in the prompt (no weights are changed)"
+        ]
         return f"{self.lm.name}, {self.editor_name} {where[0]}"
 
     def elsewhere(self, model: Mapping[str, Any], editor: Editor, name: str = "") -> Run:
