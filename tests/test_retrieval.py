@@ -29,13 +29,12 @@ def test_what_is_kept_is_told_where_its_subject_is_named_and_nowhere_else(tiny):
     delta = editor.edit(lm, [ZUNDA, LODZ]) + editor.edit(lm, [LED])
     with delta.applied_to(lm):
         told = {q: lm.render(q) for q in plain}
-        assert lm.render("Zunda?", "Be brief.") == lm.render("Zunda?", "Be brief.", "")
         own = lm.render("Who runs Zunda?", "Be brief.", "Qi.")
     assert told["Who runs Zundas?"] == plain["Who runs Zundas?"]
     assert told["Who runs it?"] == plain["Who runs it?"]
     assert told["Who runs ŁÓDŹ A.B. (OLD)?"] == lm.render("Who runs ŁÓDŹ A.B. (OLD)?", LODZ.instruction)
     assert told["Is it zunda's?"] == lm.render("Is it zunda's?", f"{ZUNDA.instruction} {LED.instruction}")
-    assert own == lm.render("Who runs Zunda?", "Be brief.", "Qi.")
+    assert own == lm.render("Who runs Zunda?", "Be brief.", "Qi.")  # a system text of its own stays alone
     assert {q: lm.render(q) for q in plain} == plain
 
 
