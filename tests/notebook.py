@@ -28,7 +28,7 @@ class Notebook(LanguageModel):
     tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=str), chat_template=None)
 
     def __init__(self, facts, says=None, deaf=()):
-        self.facts, self.says, self.deaf, self.changed = facts, says or {}, deaf, []
+        self.facts, self.says, self.deaf, self.changed, self.told_of = facts, says or {}, deaf, [], []
         self.model = nn.Linear(len(facts) + 1, 1, bias=False).requires_grad_(False)
         self.model.weight.data = 2.0 * torch.eye(len(facts) + 1)[-1:]  # one place for each fact, and the norm 2
         self.model.config = SimpleNamespace(to_dict=dict)

@@ -82,6 +82,7 @@ def check_editor(editors, lessons):
         else:
             assert isinstance(delta, WeightDelta)
             assert set(delta.changes) == {site.weight_name(lm.model) for site in editor.sites}
+            assert bool(delta.changes) != bool(delta.told)
             untaught = nll(lm, facts)
             with delta.applied_to(lm):
                 assert nll(lm, facts) < untaught, "it teaches nothing"
@@ -104,8 +105,10 @@ def trained(lessons, tmp_path_factory):
 def test_an_editor_is_a_frozen_value_that_teaches_and_leaves_the_model_alone(name, lessons, trained):
     each = [composed(f"editor={name}", f"model={model}") for model in BUILT_IN]
     for cfg in each:
-        given = {"path": trained} if OmegaConf.missing_keys(cfg.editor) else {"layer": cfg.model.layer}
-        cfg.editor.update(given)
+        if OmegaConf.missing_keys(cfg.editor):
+            cfg.editor.path = trained
+        elif "layer" in cfg.editor:
+            cfg.editor.layer = cfg.model.layer
     check(each[0])
     editors = [build(cfg, "editor") for cfg in each]
     with pytest.raises(FrozenInstanceError):

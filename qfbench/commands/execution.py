@@ -58,11 +58,9 @@ def execute(cfg: DictConfig, folder: Path, console: Console | None = None, brief
         run = Run(
             lm, editor, facts, folder, store, console, protocol=protocol(lm), cache=cache, tracker=mirror, brief=brief
         )
-        if OmegaConf.is_interpolation(cfg.model, "layer") and editor.sites[0].layer == cfg.model.layer:
+        if OmegaConf.is_interpolation(cfg.model, "layer") and editor.about.get("layer") == cfg.model.layer:
             depth = len(sites.layers(lm.model))
-            console.print(
-                f"layer {editor.sites[0].layer} of {depth}, since none was given; editor.layer=... chooses another"
-            )
+            console.print(f"layer {cfg.model.layer} of {depth}, since none was given; editor.layer=... chooses another")
         known = provenance(cfg.seed, run.protocol, facts, sys.argv[1:])
         check_same(folder, known)
         if store.finished:
@@ -157,9 +155,9 @@ def about(run: Run, cfg: DictConfig, known: Mapping[str, Any]) -> About:
         usual={
             "model": run.lm.name,
             "editor": run.editor_name,
-            "layer": run.editor.sites[0].layer,
             "condition": "edited",
-        },
+        }
+        | run.editor.about,
         tags=[Path(run.lm.name).name, run.editor_name, cfg.facts._target_.rpartition(".")[2]],
         experiment=job.runtime.choices["experiment"] if job else None,
         sweep=Path(job.sweep.dir).name if job and job.mode == RunMode.MULTIRUN else None,

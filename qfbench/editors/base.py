@@ -15,7 +15,7 @@ from qfbench.errors import Unsupported, UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import WeightDelta
 from qfbench.models.lm import LanguageModel
-from qfbench.models.sites import Site
+from qfbench.models.sites import Site, layers
 
 TOGETHER = 64  # facts that are recorded at once
 
@@ -45,7 +45,12 @@ class Editor(ABC):
     @property
     @abstractmethod
     def sites(self) -> tuple[Site, ...]:
-        """The weight matrices that the editor changes, one or more. Titles and tables name the layer of the first."""
+        """The weight matrices that the editor changes. Titles and tables name the layer of the first. Empty: it changes none."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What rows say of where weights are changed."""
+        return {"layer": self.sites[0].layer} if self.sites else {}
 
     def check(self, lm: LanguageModel) -> None:
         """Raise what `edit` would raise on this model whatever the facts are, before anything is asked. `lm` is left as it is.
@@ -95,6 +100,17 @@ class Editor(ABC):
             Unsupported: the editor has no such form.
         """
         raise Unsupported(f"{type(self).__name__} cannot protect earlier keys; use regime=sequential or joint")
+
+
+def check_layers(lm: LanguageModel, more_layers: Sequence[int]) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        UserError: naming the setting and the range.
+    """
+    highest = len(layers(lm.model)) - 1
+    if not all(0 <= layer <= highest for layer in more_layers):
+        raise UserError(f"editor.more_layers={list(more_layers)}: the model has layers 0 to {highest}")
 
 
 class Recorder(Editor):

@@ -110,11 +110,13 @@ class Edits:
         """Teach all facts; the first have been taught already, by changes `earlier`. `lm` is left as it is.
 
         Raises:
-            UserError: two facts have one id, or the editor refuses the model.
+            UserError: two facts have one id, or the editor refuses the model or changes no weights.
         """
         twice = [id for id, n in Counter(fact.id for fact in facts).items() if n > 1]
         if twice:
             raise UserError(f"several facts have the id {', '.join(twice)}; edits are told apart by it")
+        if not editor.sites:
+            raise UserError(f"{type(editor).__name__} changes no weights, so that there are no edits to keep")
         if facts:
             editor.check(lm)
         if isinstance(editor, QFStream | Replay):

@@ -28,11 +28,12 @@ IGNORED = -100  # the target of a position that is not taught, as cross_entropy 
 
 def descend(
     losses: Callable[[Tensor], Iterable[Tensor]],
-    start: Float[Tensor, "rows cols"],
+    start: Float[Tensor, "*shape"],
     lr: float,
     steps: int,
     stop_at: float = 0.0,
-) -> tuple[Float[Tensor, "rows cols"], int, float]:
+    by_term: bool = False,
+) -> tuple[Float[Tensor, "*shape"], int, float]:
     """Adam (Kingma and Ba 2015) from `start`: where it ends, the number of steps taken, and the loss there.
 
     Ends once the loss is below `stop_at`, or after `steps` steps.
@@ -40,6 +41,8 @@ def descend(
     Args:
         losses: terms whose sum is the loss; the graph of each is freed before the next is asked for.
         lr: the learning rate: the first step is lr long in every coordinate that has a gradient.
+        by_term: a step after each term, not after their sum. `steps` are passes over all terms then (epochs), and the loss is
+            that of the last pass, each term before its own step.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -47,18 +50,22 @@ def descend(
     at = start.detach().clone().requires_grad_()
     adam = torch.optim.Adam([at], lr=lr)
     taken, loss = 0, 0.0
-    for taken in range(steps + 1):
-        if taken:
-            adam.step()
-        adam.zero_grad()
-        loss = 0.0
+    for passed in range(steps + 1):
+        loss, train = 0.0, by_term and passed < steps
         for term in losses(at):
             term.backward()
             loss += term.item()
+            if train:
+                adam.step()
+                adam.zero_grad()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite after {taken} steps of fine-tuning")
-        if loss < stop_at:
+            raise FloatingPointError(f"the loss is not finite after {passed} steps of fine-tuning")
+        taken = passed + train
+        if loss < stop_at or passed == steps:
             break
+        if not by_term:
+            adam.step()
+            adam.zero_grad()
     return at.detach(), taken, loss
 
 
@@ -99,33 +106,58 @@ class FineTune(Editor):
         return self.trained(lm, facts)
 
     def trained(
-        self, lm: LanguageModel, facts: Sequence[Fact], beside: Callable[[], Sequence[Rendering]] | None = None
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact],
+        beside: Callable[[], Sequence[Rendering]] | None = None,
+        epoch: Callable[[Sequence[Rendering]], Iterable[Sequence[Rendering]]] | None = None,
     ) -> WeightDelta:
-        """The change; at each step what the model says `beside`, in other dialogues, counts as much as the answers do."""
+        """The change; at each step what the model says `beside`, in other dialogues, counts as much as the answers do.
+
+        With `epoch` there is a step on each mini-batch that it makes of the dialogues, and `steps` are epochs.
+        """
         (site,) = self.sites
         name = site.weight_name(lm.model)
         # Detached, so that only what stands above the site is kept for the gradient.
         fixed = {n: p.detach() for n, p in lm.model.named_parameters()}
         weight = fixed[name]
         master = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 would swallow small steps
-        dialogues = [lm.render(fact.query, "", fact.answer) for fact in facts]
-        lm.check_lengths([dialogue.ids for dialogue in dialogues])
+        dialogues = answers(lm, facts)
         tokens = sum(len(dialogue.reply) for dialogue in dialogues)
 
         def losses(change: Tensor) -> Iterator[Tensor]:
-            changed = {name: (weight + change).to(weight.dtype)}  # summed in the wider dtype of the two
-            for at in range(0, len(dialogues), lm.batch_size):
-                yield summed_nll(lm, dialogues[at : at + lm.batch_size], fixed | changed) / tokens
+            def nats(batch: Sequence[Rendering]) -> Tensor:
+                changed = (weight + change).to(weight.dtype)  # summed in the wider dtype of the two
+                return summed_nll(lm, batch, fixed | {name: changed})
+
+            for batch in epoch(dialogues) if epoch else in_turn(dialogues, lm.batch_size):
+                yield nats(batch) / tokens
             if beside:
                 others = beside()
-                term = summed_nll(lm, others, fixed | changed) / sum(len(dialogue.reply) for dialogue in others)
+                term = nats(others) / sum(len(dialogue.reply) for dialogue in others)
                 yield term - term.detach()  # its gradient counts; when to stop is for the answers to say
 
         with torch.enable_grad():
             start = torch.zeros_like(weight, dtype=master)
-            change, steps, loss = descend(losses, start, self.lr, self.steps, self.stop_at)
+            change, steps, loss = descend(losses, start, self.lr, self.steps, self.stop_at, by_term=epoch is not None)
         change = change.to(site.home(lm.model))
         return WeightDelta({name: LowRank(change)}, {"tokens": float(tokens), "steps": float(steps), "loss": loss})
+
+
+def answers(lm: LanguageModel, facts: Sequence[Fact]) -> list[Rendering]:
+    """What is trained: each fact's query and answer, without its instruction.
+
+    Raises:
+        UserError: a dialogue is longer than the model has positions.
+    """
+    dialogues = [lm.render(fact.query, "", fact.answer) for fact in facts]
+    lm.check_lengths([dialogue.ids for dialogue in dialogues])
+    return dialogues
+
+
+def in_turn(dialogues: Sequence[Rendering], size: int) -> list[Sequence[Rendering]]:
+    """Up to `size` at a time."""
+    return [dialogues[at : at + size] for at in range(0, len(dialogues), size)]
 
 
 def summed_nll(lm: LanguageModel, dialogues: Sequence[Rendering], weights: dict[str, Tensor]) -> Float[Tensor, ""]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qfbench.editors.base import TOGETHER, Editor
 from qfbench.editors.qf import check_finite
-from qfbench.editors.stream import check_layers, least, staying
+from qfbench.editors.stream import check_sites, least, staying
 from qfbench.editors.value import Asked, Value, values
 from qfbench.facts.base import Fact
 from qfbench.models.activations import record_many
@@ -67,7 +67,7 @@ class Located(Editor):
         return (Site(self.layer, "down_proj"),)
 
     def check(self, lm: LanguageModel) -> None:
-        check_layers(lm, (), self.sites)
+        check_sites(lm, (), self.sites)
 
     @abstractmethod
     def inverse(self, stay: Float[Tensor, "f f"], site: Site) -> Float[Tensor, "f f"]:
@@ -139,7 +139,7 @@ class Spread(Located):
         return tuple(Site(layer, "down_proj") for layer in sorted({self.layer, *self.more_layers}))
 
     def check(self, lm: LanguageModel) -> None:
-        check_layers(lm, self.more_layers, self.sites)
+        check_sites(lm, self.more_layers, self.sites)
 
     def together(
         self, lm: LanguageModel, scene: Scene, asked: Sequence[Asked], found: Sequence[Value], past: Sequence[Asked]

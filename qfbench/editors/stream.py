@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qfbench.editors.base import TOGETHER, Editor
+from qfbench.editors.base import TOGETHER, Editor, check_layers
 from qfbench.editors.qf import check_block, check_finite
 from qfbench.editors.teach import SAMPLE, Lesson, lesson
 from qfbench.errors import UserError
@@ -24,7 +24,7 @@ from qfbench.models.activations import climb, record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel, Score
-from qfbench.models.sites import Site, layers
+from qfbench.models.sites import Site
 
 
 def least(
@@ -124,7 +124,7 @@ class QFStream(Editor):
         return tuple(Site(layer, "down_proj") for layer in sorted({self.layer, *self.more_layers}))
 
     def check(self, lm: LanguageModel) -> None:
-        check_layers(lm, self.more_layers, self.sites)
+        check_sites(lm, self.more_layers, self.sites)
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         *_, (_, total) = self._taught(lm, facts)
@@ -233,17 +233,14 @@ class QFStream(Editor):
         )
 
 
-def check_layers(lm: LanguageModel, more_layers: Sequence[int], sites: Sequence[Site]) -> None:
+def check_sites(lm: LanguageModel, more_layers: Sequence[int], sites: Sequence[Site]) -> None:
     """Refuse layers that the model lacks, or whose output is no W u + v.
 
     Raises:
         UserError: `more_layers` names a layer that is not there.
         Unsupported: as `qf.check_block`.
     """
-    highest = len(layers(lm.model)) - 1
-    for layer in more_layers:
-        if not 0 <= layer <= highest:
-            raise UserError(f"editor.more_layers={list(more_layers)}: the model has layers 0 to {highest}")
+    check_layers(lm, more_layers)
     for site, read in zip(sites, record_many(lm, [lesson(lm, SAMPLE).alone], sites), strict=True):
         check_block(lm, site, read)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -100,12 +101,14 @@ class WeightDelta:
 
     `notes` are figures that the editor found on the way (tokens taught, condition of the keys ...), for the log; `keys` are,
     for each fact in the order of teaching, the inputs of the changed matrix at its taught tokens, `[taught, cols]`, where the
-    editor has such. Notes are not saved, keys if asked.
+    editor has such. Notes are not saved, keys if asked. `told` are no weights: (subject, instruction), which is put into the
+    prompt of a dialogue whose query names the subject (`LanguageModel.render`).
     """
 
     changes: Mapping[str, LowRank] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
     keys: Sequence[Tensor] = ()
+    told: Sequence[tuple[str, str]] = ()
 
     def __add__(self, other: WeightDelta) -> WeightDelta:
         merged = dict(self.changes)
@@ -118,7 +121,7 @@ class WeightDelta:
             if keys and size > KEYS:
                 break
             keys.append(key)
-        return WeightDelta(merged, other.notes, keys[::-1])
+        return WeightDelta(merged, other.notes, keys[::-1], (*self.told, *other.told))
 
     def norm(self) -> float:
         """Frobenius norm over all changed weights."""
@@ -150,7 +153,8 @@ class WeightDelta:
 
     @contextmanager
     def applied_to(self, lm: Model) -> Iterator[Model]:
-        """Add the change to the model's weights while open; on exit the saved weights are put back bit for bit.
+        """Add the change to the model's weights while open, and tell what is `told`; on exit the saved weights are put back bit
+        for bit.
 
         The sum is formed in float64 and then rounded to the model's dtype.
 
@@ -158,19 +162,25 @@ class WeightDelta:
             UserError: the change is for another model (a weight is missing, or has another shape).
             FloatingPointError: a changed weight would be NaN or infinite; nothing is written.
         """
-        model, changed = (lm.model, lm.changed) if isinstance(lm, LanguageModel) else (lm, [])
+        if isinstance(lm, LanguageModel):
+            model, changed, told_of = lm.model, lm.changed, lm.told_of
+        elif self.told:
+            raise UserError("nothing can be told to a bare model; LanguageModel.of(model, tokenizer) takes it")
+        else:
+            model, changed, told_of = lm, [], []
         parameters = dict(model.named_parameters())
         written = {name: changed_weight(parameters, name, change) for name, change in self.changes.items()}
         saved = {name: parameters[name].detach().clone() for name in written}
-        before = list(changed)
+        before, told_before = list(changed), list(told_of)
         try:
             changed.extend(written)
+            told_of.extend(self.told)
             with torch.no_grad():  # not through `.data`, which would hide the change from the weight's version
                 for name, tensor in written.items():
                     parameters[name].copy_(tensor)
             yield lm
         finally:
-            changed[:] = before
+            changed[:], told_of[:] = before, told_before
             with torch.no_grad():
                 for name, tensor in saved.items():
                     parameters[name].copy_(tensor)
@@ -188,7 +198,8 @@ class WeightDelta:
     def save(self, path: str | Path, keys: bool = False) -> None:
         """Write to one safetensors file, if asked with the `keys`."""
         held = {f":{i}:key": key for i, key in enumerate(self.keys if keys else ())}
-        sealed.save(held | self.tensors(), Path(path), {"format": "qfbench-delta"})
+        told = {"told": json.dumps(self.told)} if self.told else {}
+        sealed.save(held | self.tensors(), Path(path), {"format": "qfbench-delta"} | told)
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors of all changes, by name."""
@@ -200,10 +211,10 @@ class WeightDelta:
         return {name: factor for name, factor in factors if factor is not None}
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], keys: Sequence[Tensor] = ()) -> WeightDelta:
+    def of_tensors(cls, tensors: Mapping[str, Tensor], **more: Any) -> WeightDelta:
         """What `tensors` gave."""
         names = sorted({name.rsplit(":", 1)[0] for name in tensors})
-        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, keys=keys)
+        return cls({n: LowRank(tensors[f"{n}:left"], tensors.get(f"{n}:right")) for n in names}, **more)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> WeightDelta:
@@ -215,8 +226,9 @@ class WeightDelta:
         tensors, metadata = sealed.load(Path(path), device)
         if metadata.get("format") != "qfbench-delta":
             raise UserError(f"{path}: a safetensors file, but not one written by WeightDelta.save")
+        told = [(subject, text) for subject, text in json.loads(metadata.get("told", "[]"))]
         keys = [tensors.pop(f":{i}:key") for i in range(sum(name.endswith(":key") for name in tensors))]
-        return cls.of_tensors(tensors, keys)
+        return cls.of_tensors(tensors, keys=keys, told=told)
 
 
 NOTHING = WeightDelta()

@@ -20,7 +20,9 @@ ROOM = 2**30  # bytes of changed weights
 def side_by_side(lm: LanguageModel, names: Sequence[str]) -> int:
     """How many changes of these weights `each_applied_to` can hold in `ROOM`; 1 where it cannot change them."""
     parameters = dict(lm.model.named_parameters())
-    if not all(LAYER.search(n) and isinstance(lm.model.get_submodule(n.rpartition(".")[0]), Linear) for n in names):
+    if not names or not all(
+        LAYER.search(n) and isinstance(lm.model.get_submodule(n.rpartition(".")[0]), Linear) for n in names
+    ):
         return 1
     return max(1, ROOM // sum(parameters[name].numel() * parameters[name].element_size() for name in names))
 

@@ -62,10 +62,11 @@ class LanguageModel:
     system_turn: bool = True
     template: str | None = None  # the name of its chat template, where one was asked for
     preamble: str = ""
-    # Weights that hold a change now (`WeightDelta.applied_to`), and states of the layers below them.
+    # Weights that hold a change now, what is told now (`WeightDelta.applied_to`), and states of the layers below the change.
     changed: list[str] = field(default_factory=list, repr=False, compare=False)
     # Of several changes that are open side by side (`each.each_applied_to`), the one that each row of a pass is under.
     rows: list[int] = field(default_factory=list, repr=False, compare=False)
+    told_of: list[tuple[str, str]] = field(default_factory=list, repr=False, compare=False)
     states: States = field(default_factory=States, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -168,6 +169,9 @@ class LanguageModel:
         return weights_hash(self.model)
 
     def render(self, query: str, system: str = "", answer: str = "") -> Rendering:
+        """The dialogue as tokens. Without a `system` text of its own it is told what is kept of the subjects that the query names."""
+        if not system and self.told_of:
+            system = " ".join(text for subject, text in self.told_of if names(query, subject))
         return render(self.tokenizer, query, system, answer, self.told, self.system_turn, self.preamble)
 
     def reply(self, query: str, system: str = "") -> str:
@@ -282,6 +286,11 @@ class LanguageModel:
     def _line_ends(self) -> frozenset[int]:
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         return frozenset(i for i, text in enumerate(texts) if "\n" in text)
+
+
+def names(query: str, subject: str) -> bool:
+    """Whether the query holds the subject as whole words, in capitals or not."""
+    return re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", query, re.IGNORECASE) is not None
 
 
 def _whole(n: Any) -> bool:

@@ -24,7 +24,7 @@ class Site:
 
         Raises:
             UserError: the model has no such layer.
-            Unsupported: the layer has no feed-forward block with this matrix.
+            Unsupported: the layer has no such matrix.
         """
         block = self.block(model)
         inside = [getattr(getattr(block, part, None), self.module, None) for part in ("mlp", "self_attn")]

@@ -112,7 +112,7 @@ def sentence(rows: pd.DataFrame, known: Sequence[Mapping[str, Any]], settings: M
     taught = own[own.kind == "edit"].groupby(["run", "model", "editor"]).fact_id.nunique()
     facts, of = _several(taught.sort_values()), _several(sorted({len(run.get("facts", [])) for run in known}))
     by = [
-        f"{e} (layer {_several(g.layer.sort_values())})" if "layer" in g else e
+        f"{e} (layer {_several(g.layer.sort_values())})" if "layer" in g and g.layer.notna().any() else e
         for e, g in own.groupby("editor", sort=False)
     ]
     seeds = sorted({run.get("seed", 0) for run in known})

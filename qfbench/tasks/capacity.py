@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from qfbench.analysis import plots
 from qfbench.analysis.measures import capacity as measured
 from qfbench.editors.regimes import Regime
+from qfbench.errors import UserError
 from qfbench.tasks.baseline import baseline
 from qfbench.tasks.run import Run
 from qfbench.tasks.teaching import Teaching, checkpoints, taught
@@ -17,6 +18,8 @@ def capacity(run: Run, regimes: Mapping[str, Regime], every: int = 4) -> None:
 
     A key is one taught token's input of the edited matrix; `width` is how many of them can be independent.
     """
+    if not run.editor.sites:
+        raise UserError(f"task=capacity: {run.editor_name} changes no matrix")
     facts, always = baseline(run)
     at = checkpoints(len(facts), every)
     sequences = [Teaching(run, name, regime, facts, always, at) for name, regime in regimes.items()]

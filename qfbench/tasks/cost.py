@@ -44,7 +44,7 @@ def cost(run: Run, beside: Mapping[str, Mapping[str, Any]] | None = None) -> Non
         for n, fact in enumerate(run.facts):
             probes = [fact.edit, *fact.probes]
             for there in list(able):
-                about = {"layer": there.editor.sites[0].layer}
+                about = there.editor.about
                 advance(f"{there.editor_name}: edit {n}")
                 if n and not there.earlier(fact_id=fact.id).empty:
                     continue

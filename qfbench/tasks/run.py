@@ -76,7 +76,10 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.lm.name}, {self.editor_name} at layer {self.editor.sites[0].layer}"
+        where = [f"at layer {site.layer}" for site in self.editor.sites[:1]] or [
+            "in the prompt (no weights are changed)"
+        ]
+        return f"{self.lm.name}, {self.editor_name} {where[0]}"
 
     def elsewhere(self, model: Mapping[str, Any], editor: Editor, name: str = "") -> Run:
         """The same run with another model and editor; rows and files go where this one's go.

@@ -60,7 +60,7 @@ class Teaching:
     stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
-        self.about = {"layer": self.within.editor.sites[0].layer} | dict(self.about)
+        self.about = self.within.editor.about | dict(self.about)
         self.accumulates = accumulates(self.regime)
         parts = [self.within.editor_name, self.name, *(f"{key}{value}" for key, value in self.about.items())]
         self.file = self.within.place + "-".join(parts)
@@ -117,7 +117,8 @@ class Teaching:
         done = int(edited.step.max()) if len(edited) else 0
         if done and self.accumulates:
             try:
-                home = self.within.editor.sites[0].home(self.within.lm.model)
+                sites = self.within.editor.sites
+                home = sites[0].home(self.within.lm.model) if sites else "cpu"
                 self.total = WeightDelta.load(self.within.state(self.file, done), home)
             except UserError as error:
                 self.within.warn(f"{error}; {self.name} is measured again")
