@@ -51,8 +51,9 @@ def test_a_model_is_asked_again_in_other_batches_where_they_may_decide(tiny, tmp
 class Moody(LanguageModel):
     """Says of the firm 3 what its batch is like, and stops."""
 
-    def answer(self, prompts, rated, at_once=None):
-        return self.replies(prompts), super().answer([], rated)[1]
+    def answer_each(self, asked, at_once=None):
+        rated = super().answer_each([((), rated) for _, rated in asked])
+        return [(self.replies(prompts), scores) for (prompts, _), (_, scores) in zip(asked, rated, strict=True)]
 
     def replies(self, prompts):
         texts = self.tokenizer.batch_decode([list(r.ids) for r in prompts])

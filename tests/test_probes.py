@@ -20,8 +20,8 @@ class Scripted(LanguageModel):
     def __init__(self, **script: tuple[Score, Reply]) -> None:
         self.script = script
 
-    def answer(self, prompts, rated, at_once=None):
-        return self.replies(prompts), self.score(rated)
+    def answer_each(self, asked, at_once=None):
+        return [(self.replies(prompts), self.score(rated)) for prompts, rated in asked]
 
     def render(self, query, system="", answer=""):
         return query
@@ -129,8 +129,8 @@ class Rated(LanguageModel):
     def render(self, query, system="", answer=""):
         return query, answer
 
-    def answer(self, prompts, rated, at_once=None):
-        return self.replies(prompts), self.score(rated)
+    def answer_each(self, asked, at_once=None):
+        return [(self.replies(prompts), self.score(rated)) for prompts, rated in asked]
 
     def score(self, dialogues):
         return [Score(tuple(self.nll[answer]), (False,) * len(self.nll[answer])) for _, answer in dialogues]
