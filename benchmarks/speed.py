@@ -33,6 +33,7 @@ RETENTION = ["experiment=retention", "task.retention.every=1", "task.retention.p
 CASES = {
     "quickstart": [],
     "sequential": [*RETENTION, "model=world-s", "facts.n=24"],
+    "single": [*RETENTION[:-1], "regime=[single]", "model=world-s", "facts.n=32"],
     "ablation": ["experiment=layer_curve", "model=world-s", "facts.n=16"],
     "world_mc": [*RETENTION, "model=world-s", "editor.layer=6", "facts.n=10", "regression=[world_mc]"],
 }
