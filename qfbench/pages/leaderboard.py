@@ -13,6 +13,7 @@ import pandas as pd
 
 from qfbench.analysis.measures import accumulating, at_steps, summary
 from qfbench.analysis.overview import BASELINES
+from qfbench.analysis.rows import ABSENT, EMPTY
 from qfbench.analysis.tables import cell
 from qfbench.errors import UserError
 from qfbench.pages.results import folders, groups, provenance_of, rows_of, settings_of
@@ -21,6 +22,11 @@ STEPS = (1, 10, 20, 48, 50, 96, 100, 200, 1000)  # beside the last edit of each 
 ROUND = (50, 100)  # a table holds what is within 5% of these
 MOST = 12  # lines of a table
 TRIALS = "tuning"  # the folder of a search: its best trials were chosen by their score, which flatters them
+NEEDED = (
+    *("task", "model", "editor", "step", "layer"),
+    *ABSENT,
+    *EMPTY,
+)  # columns; copies of the others take time
 LAYERS = ("layer", "layers", "more_layers")
 SINGLE, BASELINE = 0, -1  # tables without a number of edits
 
@@ -81,7 +87,8 @@ def _studies(paths: Sequence[str]) -> Iterator[pd.DataFrame]:
     found = {folder.name: folder for folder in reversed(folders(*paths)) if TRIALS not in folder.parts}
     for study in sorted({folder.parent for folder in found.values()}):
         rows = rows_of(*sorted(folder for folder in found.values() if folder.parent == study))
-        yield rows[rows.task == "retention"]
+        needed = [name for name in rows if name in NEEDED or name in rows.attrs["settings"]]
+        yield rows.loc[rows.task == "retention", needed]
 
 
 def lines(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -90,6 +97,7 @@ def lines(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     Runs that differ in their seed alone are one line. A sequence has a line at each of `STEPS`, and after its last edit.
     """
     for _, group in groups(rows):
+        group = group[[name for name in group if name in NEEDED]]
         for (model, editor), own in group.groupby(["model", "editor"], sort=False):
             runs = list(dict.fromkeys(own.run))
             edited = own[own.condition == "edited"]
@@ -191,7 +199,7 @@ def set_apart(table: pd.DataFrame) -> list[str]:
     kinds = table.by.str.split(r"[ ,]").str[0]
     shown = []
     for kind, settings in zip(kinds, table.settings, strict=True):
-        alike = [other for other in table.settings[kinds == kind]]
+        alike = list(table.settings[kinds == kind])
         names = [n for n, v in settings.items() if n == "lr" or any(other.get(n) != v for other in alike)]
         shown.append(" ".join(f"{n}={v:g}" if isinstance(v := settings[n], float) else f"{n}={v}" for n in names))
     return shown
@@ -199,6 +207,10 @@ def set_apart(table: pd.DataFrame) -> list[str]:
 
 def _markdown(cells: Sequence[dict[str, Any]]) -> str:
     """Lines as a table, without columns that are empty in all of them."""
-    names = [name for name in dict.fromkeys(name for line in cells for name in line) if any(line.get(name) not in ("", None) for line in cells)]
+    names = [
+        name
+        for name in dict.fromkeys(name for line in cells for name in line)
+        if any(line.get(name) not in ("", None) for line in cells)
+    ]
     body = [[str(line.get(name, "")).replace("|", "\\|") for name in names] for line in cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in (names, ["---"] * len(names), *body))
