@@ -156,7 +156,7 @@ def read(module, words, monkeypatch):
     def stop(*_):
         raise ReadTheArguments
 
-    for name in ("page", "retention", "compare", "folders", "ship"):
+    for name in ("page", "retention", "compare", "folders", "ship", "leaderboard"):
         monkeypatch.setattr(module, name, stop, raising=False)
     monkeypatch.setattr(sys, "argv", list(words))
     module.main()

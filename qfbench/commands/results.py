@@ -19,6 +19,7 @@ from qfbench.analysis.tables import HIDDEN, console, show, written
 from qfbench.commands import show_all
 from qfbench.commands.rescore import rescored
 from qfbench.errors import UserError
+from qfbench.pages.leaderboard import leaderboard
 from qfbench.pages.results import compare, differing_settings, folders, pooled, retention, ship, told_apart
 from qfbench.runs.provenance import SAME
 
@@ -81,6 +82,7 @@ def check(args: argparse.Namespace) -> None:
     if args.flips and len(args.folders) > 1:
         raise UserError(f"--flips: compares two runs; {len(args.folders)} are given beside --against")
     for option, others in {
+        "leaderboard": ["ship", "against", "across", "flips", "rescore", "holm", *chosen],
         "ship": ["against", "flips", "rescore", "holm", *chosen],
         "flips": ["rescore", "holm", *chosen],
         "against": ["rescore"],
@@ -129,6 +131,7 @@ def main() -> None:
     for kind in KINDS:
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write the table as {kind}")
     parser.add_argument("--ship", metavar="DIR", help="copy the runs into the new folder DIR, small enough for git")
+    parser.add_argument("--leaderboard", metavar="FILE", help="write a page of results by model and number of edits")
     args = parser.parse_args()
     show_all()
     out = console()
@@ -137,6 +140,9 @@ def main() -> None:
         if args.ship:
             size = sum(path.stat().st_size for run in ship(args.ship, *args.folders) for path in run.iterdir())
             out.print(f"wrote [bold]{escape(args.ship)}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
+        elif args.leaderboard:
+            Path(args.leaderboard).write_text(leaderboard(args.folders, Path(args.leaderboard)), encoding="utf-8")
+            out.print(f"wrote {args.leaderboard}", markup=False, soft_wrap=True)
         elif args.flips:
             print_flips(args, out)
         elif args.against:

@@ -69,7 +69,8 @@ def rows_of(*paths: str | Path) -> pd.DataFrame:
             rows = pd.read_parquet(folder / "rows.parquet")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / 'rows.parquet'}: cannot be read ({error})") from error
-        parts.append(rows.assign(run=str(folder), **table.loc[str(folder)].to_dict()))
+        same = pd.DataFrame({"run": str(folder)} | table.loc[str(folder)].to_dict(), index=rows.index)
+        parts.append(pd.concat([rows, same], axis=1))  # at once: they may be many
     rows = regular(pd.concat(parts, ignore_index=True).infer_objects())
     rows.attrs["settings"] = list(told_apart(table))
     return rows
