@@ -138,3 +138,23 @@ def test_groups_begin_at_whole_ones_and_what_came_before_a_failure_is_not_lost()
     with pytest.raises(Unsupported):
         found.extend(teaching.in_groups(edits(4, fails=True), 3, 0))
     assert found == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_edit_that_breaks_the_model_ends_the_run_and_those_before_it_are_measured(tmp_path, monkeypatch, at_once):
+    """The second of the edits gives logits that are not finite."""
+    real = teaching.Teaching.asked
+
+    def asked(self, step, *about, **more):
+        check = real(self, step, *about, **more)
+        return replace(check, change=check.change if step != 2 else huge(check.change))
+
+    monkeypatch.setattr(teaching.Teaching, "asked", asked)
+    with pytest.raises(FloatingPointError, match="after 1 edits"):
+        measured(tmp_path, monkeypatch, at_once)
+    rows = pd.read_parquet(tmp_path / "rows.parquet")
+    assert set(rows.step[rows.condition == "edited"]) == {1}
+
+
+def huge(delta):
+    return WeightDelta({name: LowRank(torch.full_like(change.dense(), 3e38)) for name, change in delta.changes.items()})

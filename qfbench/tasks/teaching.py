@@ -157,13 +157,15 @@ class Teaching:
         most = min(TOGETHER, side_by_side(self.within.lm, names))
         for group in in_groups(edits, most, self.done):
             checks = [self.asked(self.done + i, *edit) for i, edit in enumerate(group, start=1)]
+            alone = False
             try:
                 self.check(checks)
-                parts = [checks]
-            except (FloatingPointError, torch.OutOfMemoryError):  # one after another: some of them can be measured
-                parts = [[check] for check in checks]
-            for part in parts:
-                if len(parts) > 1:
+            except (FloatingPointError, torch.OutOfMemoryError):
+                if len(checks) == 1:
+                    raise
+                alone = True  # one after another: some of them can be measured
+            for part in [[check] for check in checks] if alone else [checks]:
+                if alone:
                     self.check(part)
                 self.done += len(part)
                 self.taught = part[-1].taught
