@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from test_contract import composed
 from test_run import SMALL
-from test_suffix import ANSWERS, MODELS, QUERIES, change, lm  # noqa: F401 (a fixture)
+from test_suffix import ANSWERS, QUERIES, change, lm  # noqa: F401 (a fixture)
 
 from qfbench import Unsupported, UserError
 from qfbench.commands.execution import execute
@@ -17,8 +17,6 @@ from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.each import ROOM, each_applied_to, side_by_side
 from qfbench.models.sites import Site
 from qfbench.tasks import teaching
-
-assert MODELS
 
 
 def parts(lm):

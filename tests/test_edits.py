@@ -1,7 +1,7 @@
 """Edits as things: what is saved is what was taught, what is undone was never taught, and no other model is touched."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 import qfbench
 from qfbench import Edits, Fact, LanguageModel, UserError
 from qfbench.commands.settings import CONF
-from qfbench.editors import QF, FineTune, QFStream
+from qfbench.editors import MEMIT, QF, ROME, AlphaEdit, FineTune, QFStream, Replay
 from qfbench.editors.edits import FILE
 from qfbench.editors.regimes import sequential
 from qfbench.editors.stream import Stream
@@ -78,6 +78,28 @@ def test_what_is_undone_was_never_taught(tiny, facts, editor, which):
     assert edits.facts == never.facts == tuple(left)
     assert close(edits, never)  # a pass over other company may differ in the last bits
     assert not close(edits, Edits.teach(lm, editor, facts), 1e-3)
+
+
+SUBJECTS = ("Oxinnovate", "Zenvora", "Kelpworks")
+QUICK = {"contexts": 0, "steps": 3}
+KEEPING = [
+    lambda keep: QFStream(1, keep=keep, penalty=1.0),
+    lambda keep: Replay(1, lr=0.05, steps=3, keep=keep, replay=2),
+    lambda keep: ROME(1, keep=keep, **QUICK),
+    lambda keep: MEMIT(1, keep=keep, **QUICK),
+    lambda keep: AlphaEdit(1, keep=keep, threshold=1.0, **QUICK),
+]
+
+
+@pytest.mark.parametrize("made", KEEPING)
+def test_what_the_undone_fact_asks_is_kept_again(tiny, facts, made):
+    """The last fact asks what is to be kept, so that the changes of those before it are others without it."""
+    lm = tiny("qwen2", torch.float64)
+    facts = [replace(fact, subject=subject) for fact, subject in zip(facts, SUBJECTS, strict=True)]
+    asked = [Fact("Bo leads A.", query, "Bo leads A.", id=query) for query in (facts[-1].query, "Who leads A?")]
+    editor = made(asked)
+    undone = Edits.teach(lm, editor, facts).without(lm, [facts[-1].id])
+    assert close(undone, Edits.teach(lm, editor, facts[:-1]))
 
 
 def test_the_last_undone_leaves_the_bits_of_those_before(tiny, facts):

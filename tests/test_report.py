@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from qfbench import UserError
 from qfbench.analysis.catalogue import MEASURES, Measure
+from qfbench.analysis.comparisons import over_settings
 from qfbench.analysis.measures import compared, summary
 from qfbench.analysis.rows import regular
 from qfbench.analysis.tables import laid_out
@@ -509,3 +510,13 @@ def test_runs_may_differ_in_any_setting(tmp_path, setting):
     if setting != "seed":
         said = {str(value) if isinstance(value, int | float | str) else "" for value in AXES[setting]}
         assert all(any(value in line for line in lines) for value in said - {""}), lines
+
+
+def test_a_figure_of_settings_has_a_panel_for_each_regime_that_was_run():
+    shares = {"": 0.5, "_low": 0.4, "_high": 0.6}
+    line = {f"{measure}{end}": share for measure in ("efficacy", "retention") for end, share in shares.items()}
+    for regimes, panels in ((["single"], 1), (["single", "sequential"], 2), (["joint"], 2)):
+        table = pd.DataFrame([line | {"regime": regime, "layer": layer} for regime in regimes for layer in range(30)])
+        figure = over_settings(table, "layer", "edited layer")
+        assert len(figure.axes) == panels
+        assert all(len(axes.get_xticks()) <= 15 for axes in figure.axes)

@@ -35,7 +35,7 @@ def run(folder, *overrides):
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("qfbench.tasks.eight_steps.packaged", lambda name: None)
+        patched.setattr("qfbench.tasks.eight_steps.readable", lambda name: False)
         return run(tmp_path_factory.mktemp("quickstart"), "facts.n=2")
 
 

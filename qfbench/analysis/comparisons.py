@@ -28,7 +28,7 @@ def over_settings(table: pd.DataFrame, setting: str, across: str) -> Figure:
         "single": ("each fact alone", drawn("fresh", "kept")),
         "sequential": ("after all facts, one after another", end),
     }
-    panels = {regime: panel for regime, panel in panels.items() if (table.regime == regime).any()}
+    panels = {regime: panel for regime, panel in panels.items() if (table.regime == regime).any()} or panels
     figure = Figure(figsize=(max(5.5, 4.5 * len(panels)), 3.4), layout="constrained")
     places = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for (regime, (title, measures)), axes in zip(panels.items(), places, strict=True):
@@ -39,10 +39,11 @@ def over_settings(table: pd.DataFrame, setting: str, across: str) -> Figure:
             low, high = own[f"{measure.name}_low"], own[f"{measure.name}_high"]
             axes.fill_between(at, low, high, color=measure.style[0], alpha=0.15, lw=0)
         axes.set(title=title, xlabel=across, ylim=(-0.03, 1.03))
-        every = -(-len(own) // TICKS)
+        every = max(1, -(-len(own) // TICKS))
         axes.set_xticks(list(at)[::every], own[setting][::every])
         plain(axes)
-        axes.legend(edgecolor="none", framealpha=0.8, fontsize=8)
+        if len(own):
+            axes.legend(edgecolor="none", framealpha=0.8, fontsize=8)
     places[0].set(ylabel="share of replies (band: 95%)")
     return figure
 

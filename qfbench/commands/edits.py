@@ -18,7 +18,6 @@ from qfbench.commands.merge import merge
 from qfbench.commands.run import quiet, with_own_settings
 from qfbench.commands.settings import CONF, build, check
 from qfbench.editors.edits import FILE, Edits
-from qfbench.editors.stream import QFStream
 from qfbench.errors import UserError
 from qfbench.models import lora
 from qfbench.models.delta import WeightDelta
@@ -103,8 +102,8 @@ def undo(args: argparse.Namespace, out: Console) -> None:
     left = edits.without(edits.source.load(args.model), args.ids)
     left.save(args.folder)
     first = min([fact.id for fact in edits.facts].index(id) for id in args.ids)
-    if isinstance(edits.editor, QFStream):
-        what = f"taught again by {name_of(edits)}: all {len(left.facts)}, which is exact"
+    if edits.editor.sees_all:
+        what = f"taught again by {name_of(edits)}: all {len(left.facts)}, since what it keeps depends on them"
     elif again := len(left.facts) - first:
         what = f"taught again by {name_of(edits)}, in order: {again} after them"
     else:

@@ -39,7 +39,7 @@ tags: [knowledge-editing, qfbench]
 ---
 # {Path(edits.source.name).name} with {len(edits.facts)} taught facts
 
-Facts were written into the weights of `{edits.source.name}` by [qfbench](https://arxiv.org/abs/2507.04300), one after another:
+Facts were written into the weights of `{edits.source.name}` by qfbench, one after another:
 `{len(edits.total.changes)}` of its matrices changed, all else is as it was. The licence is that of the model it was made from.
 {note}
 | what | value |

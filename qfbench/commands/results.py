@@ -102,8 +102,20 @@ def conclude(table: pd.DataFrame, title: str, hidden: Sequence[str], args: argpa
     show(out, table, title, hidden)
     for kind in KINDS:
         if path := getattr(args, kind):
-            Path(path).write_text(written(table, kind, hidden), encoding="utf-8")
-            out.print(f"wrote {path}", markup=False, soft_wrap=True)
+            write(path, written(table, kind, hidden), out)
+
+
+def write(path: str, text: str, out: Console) -> None:
+    """Write a file that was asked for, and say so.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    out.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -141,8 +153,7 @@ def main() -> None:
             size = sum(path.stat().st_size for run in ship(args.ship, *args.folders) for path in run.iterdir())
             out.print(f"wrote [bold]{escape(args.ship)}[/bold]: {size / 1000:.0f} kB", soft_wrap=True)
         elif args.leaderboard:
-            Path(args.leaderboard).write_text(leaderboard(args.folders, Path(args.leaderboard)), encoding="utf-8")
-            out.print(f"wrote {args.leaderboard}", markup=False, soft_wrap=True)
+            write(args.leaderboard, leaderboard(args.folders, Path(args.leaderboard)), out)
         elif args.flips:
             print_flips(args, out)
         elif args.against:

@@ -31,6 +31,7 @@ class Editor(ABC):
     above_zero: ClassVar[tuple[str, ...]] = ()
     not_negative: ClassVar[tuple[str, ...]] = ()
     needs_firing: ClassVar[bool] = False  # whether it runs at firing blocks alone
+    sees_all: ClassVar[bool] = False  # whether its first change depends on facts that are still to come
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]

@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 
 from qfbench.editors.base import Editor
 from qfbench.editors.regimes import in_turn
-from qfbench.editors.replay import Replay
-from qfbench.editors.stream import QFStream
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.models import sealed
@@ -119,8 +117,8 @@ class Edits:
             raise UserError(f"{type(editor).__name__} changes no weights, so that there are no edits to keep")
         if facts:
             editor.check(lm)
-        if isinstance(editor, QFStream | Replay):
-            earlier = ()  # what is to stay depends on all facts, and with it each change
+        if editor.sees_all:
+            earlier = ()
         changes = list(earlier)
         if len(facts) > len(changes):
             home = editor.sites[0].home(lm.model)
@@ -144,7 +142,7 @@ class Edits:
     def without(self, lm: LanguageModel, ids: Collection[str]) -> Edits:
         """As if the facts of these ids had never been taught: those after the first of them are taught again, in order.
 
-        A stream is solved anew as a whole, at the cost of its forward passes.
+        Where the editor `sees_all` (a stream, say), all that are left are taught again.
 
         Raises:
             UserError: an id is unknown, or `lm` is another model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
 
+T = TypeVar("T")
 IGNORED = -100  # the target of a position that is not taught, as cross_entropy has it
 
 
@@ -130,7 +131,7 @@ class FineTune(Editor):
                 changed = (weight + change).to(weight.dtype)  # summed in the wider dtype of the two
                 return summed_nll(lm, batch, fixed | {name: changed})
 
-            for batch in epoch(dialogues) if epoch else in_turn(dialogues, lm.batch_size):
+            for batch in epoch(dialogues) if epoch else batched(dialogues, lm.batch_size):
                 yield nats(batch) / tokens
             if beside:
                 others = beside()
@@ -155,9 +156,9 @@ def answers(lm: LanguageModel, facts: Sequence[Fact]) -> list[Rendering]:
     return dialogues
 
 
-def in_turn(dialogues: Sequence[Rendering], size: int) -> list[Sequence[Rendering]]:
+def batched(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Up to `size` at a time."""
-    return [dialogues[at : at + size] for at in range(0, len(dialogues), size)]
+    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def summed_nll(lm: LanguageModel, dialogues: Sequence[Rendering], weights: dict[str, Tensor]) -> Float[Tensor, ""]:

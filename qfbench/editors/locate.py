@@ -60,6 +60,7 @@ class Located(Editor):
     kl: float = 0.0625
 
     above_zero: ClassVar[tuple[str, ...]] = ("lr", "steps", "limit")
+    sees_all: ClassVar[bool] = True  # what is kept is asked without what the facts ask
     not_negative: ClassVar[tuple[str, ...]] = ("contexts", "stop_at", "weight_decay", "kl")
 
     @property

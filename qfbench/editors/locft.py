@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qfbench.editors.base import Editor
-from qfbench.editors.finetune import FineTune, in_turn
+from qfbench.editors.finetune import FineTune, batched
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import WeightDelta
@@ -58,6 +58,6 @@ class LocFT(Editor):
         orders = random.Random(self.seed)
 
         def epoch(dialogues: Sequence[Rendering]) -> list[Sequence[Rendering]]:
-            return in_turn(orders.sample(dialogues, len(dialogues)), self.batch)
+            return batched(orders.sample(dialogues, len(dialogues)), self.batch)
 
         return FineTune(self.layer, self.lr, self.epochs, self.stop_at).trained(lm, facts, epoch=epoch)

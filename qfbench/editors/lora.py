@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qfbench.editors.base import Editor, check_layers
-from qfbench.editors.finetune import answers, descend, in_turn, summed_nll
+from qfbench.editors.finetune import answers, batched, descend, summed_nll
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import LowRank, WeightDelta
@@ -80,7 +80,7 @@ class LoRA(Editor):
             dtype = torch.promote_types(lm.dtype, torch.float32)  # bfloat16 would swallow small steps
 
             def losses(flat: Tensor) -> Iterator[Tensor]:
-                for batch in in_turn(dialogues, lm.batch_size):
+                for batch in batched(dialogues, lm.batch_size):
                     yield summed_nll(lm, batch, fixed | shaped(flat, begin)) / tokens
 
             start = torch.cat([p.to(lm.device, dtype).flatten() for p in begin.values()])

@@ -34,6 +34,7 @@ class Replay(FineTune):
     replay: int = 32
 
     above_zero: ClassVar[tuple[str, ...]] = (*FineTune.above_zero, "replay")
+    sees_all: ClassVar[bool] = True  # what is kept is asked without what the facts ask
 
     def edit(self, lm: LanguageModel, facts: Sequence[Fact]) -> WeightDelta:
         return self.trained(lm, facts, self._drawn(lm, facts, "all"))

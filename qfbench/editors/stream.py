@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -117,6 +118,7 @@ class QFStream(Editor):
     refresh: int = 0
 
     above_zero = ("penalty", "floor", "strength")
+    sees_all: ClassVar[bool] = True  # what is kept is asked without what the facts ask
     not_negative = ("opener", "closer", "query", "surprise", "refresh")
 
     @property

@@ -10,14 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from qfbench.editors.finetune import descend, logits_at, nll_of_tokens
+from qfbench.editors.finetune import batched, descend, logits_at, nll_of_tokens
 from qfbench.editors.qf import check_finite
 from qfbench.editors.teach import subject_at
 from qfbench.facts.base import Fact
@@ -25,8 +24,6 @@ from qfbench.models.activations import record
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,3 @@ def added(lm: LanguageModel, site: Site, at: Sequence[int], change: Float[Tensor
         yield
     finally:
         handle.remove()
-
-
-def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -72,11 +72,11 @@ def ask_each(lm: LanguageModel, parts: Sequence[Sequence[Probe]]) -> list[list[R
         once = list(dict.fromkeys(dialogues + pairs))  # a reference is often one of the two replies
         asked.append((dialogues, pairs, once))
     answers = lm.answer_each([(dialogues, once) for dialogues, _, once in asked])
-    return [
-        _rows(probes, replies, [known[d] for d in dialogues], [known[d] for d in pairs])
-        for probes, (dialogues, pairs, once), (replies, rated) in zip(parts, asked, answers, strict=True)
-        for known in [dict(zip(once, rated, strict=True))]
-    ]
+    out = []
+    for probes, (dialogues, pairs, once), (replies, rated) in zip(parts, asked, answers, strict=True):
+        known = dict(zip(once, rated, strict=True))
+        out.append(_rows(probes, replies, [known[d] for d in dialogues], [known[d] for d in pairs]))
+    return out
 
 
 def _rows(

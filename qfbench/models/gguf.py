@@ -35,6 +35,11 @@ def packaged(name: str) -> Path | None:
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
+def readable(name: str) -> bool:
+    """Whether a packaged model is installed, with the library that reads its file."""
+    return packaged(name) is not None and find_spec("gguf") is not None
+
+
 def folder_of(file: Path) -> Path:
     """The folder that holds the model of a GGUF file in float32, which loses nothing, with its tokenizer and chat template.
 

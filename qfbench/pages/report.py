@@ -208,13 +208,17 @@ def experiment(run: Path) -> str:
 
 
 def _unfinished(folder: Path, found: Sequence[Path]) -> list[str]:
-    begun = [run for run in found if (run / "progress.json").exists() and not read_progress(run)["finished"]]
-    out = ["were stopped or still run. What is shown is what they had measured"] if begun else []
+    begun = {run for run in found if (run / "progress.json").exists() and not read_progress(run)["finished"]}
     empty = {path.parent for path in folder.rglob("provenance.json")} - {*found}
-    out += ["have measured nothing yet"] if empty else []
+    said = {
+        "were stopped or still run. What is shown is what they had measured": begun,
+        "have measured nothing yet": empty,
+    }
+    of = len(found) + len(empty)
     return [
-        f"Not finished: {len(runs)} of {len(found) + len(empty)} runs {what}: {', '.join(_name(run, folder) for run in sorted(runs))}."
-        for what, runs in zip(out, [part for part in (begun, empty) if part], strict=True)
+        f"Not finished: {len(runs)} of {of} runs {what}: {', '.join(_name(run, folder) for run in sorted(runs))}."
+        for what, runs in said.items()
+        if runs
     ]
 
 

@@ -15,7 +15,7 @@ from qfbench.facts.base import Fact
 from qfbench.facts.oxinnovate import Step
 from qfbench.facts.probes import ask
 from qfbench.models.delta import WeightDelta
-from qfbench.models.gguf import INSTALL, PACKAGED, packaged
+from qfbench.models.gguf import INSTALL, PACKAGED, readable
 from qfbench.tasks.run import Run
 
 
@@ -33,7 +33,7 @@ def eight_steps(
     installed is left out.
     Edits are made even where step 2 finds that the model does not understand what it is told; the output then says so.
     """
-    if elsewhere and (name := elsewhere["model"]["path"]) in PACKAGED and packaged(name) is None:
+    if elsewhere and (name := elsewhere["model"]["path"]) in PACKAGED and not readable(name):
         run.console.print(f"{title}: {name} is not installed: {INSTALL}", markup=False, soft_wrap=True)
         return
     run = run.elsewhere(elsewhere["model"], elsewhere["editor"]) if elsewhere else run
