@@ -223,20 +223,20 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
     return pd.DataFrame(out).dropna(axis=1, how="all")
 
 
-def balance(taught: float, kept: float) -> float:
+def balance(*shares: float) -> float:
     """Their harmonic mean: high only where facts are taught and prior knowledge is spared at once."""
-    return 2 * taught * kept / (taught + kept) if taught + kept else 0.0
+    return len(shares) / sum(1 / share for share in shares) if all(shares) else 0.0
 
 
-def balance_at_the_end(rows: pd.DataFrame) -> float:
-    """What a search maximizes: the `balance` of `retention` and `prior` of the summary, the mean over regimes.
+def balance_at_the_end(rows: pd.DataFrame, over: Sequence[str] = ("edit", "prior")) -> float:
+    """What a search maximizes: the `balance` of the replies to these kinds of probes after the last edit, the mean over regimes.
 
-    Of `single`, which retains nothing, it is that of `efficacy` and `prior`. 0 where nothing could be taught.
+    Of `single`, which retains nothing, they are those after each edit. 0 where nothing could be taught.
     """
     ends = [
-        shares(parts["kept"], "edit", "prior") for who, parts in summary_lines(rows) if who.get("of") == who["regime"]
+        shares(parts["kept"], *over) for who, parts in summary_lines(rows) if who.get("of") == who["regime"]
     ]
-    return float(np.mean([balance(end["edit"], end["prior"]) for end in ends])) if ends else 0.0
+    return float(np.mean([balance(*end.values()) for end in ends])) if ends else 0.0
 
 
 def _last(rows: pd.DataFrame) -> pd.DataFrame:

@@ -95,10 +95,13 @@ def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1
     return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))}, figures)
 
 
-def trials(rows: pd.DataFrame) -> Study:
-    """The trials of a search, best first, and all settings of the best one's editor as overrides. Those that diverged are left out."""
+def trials(rows: pd.DataFrame, over: Sequence[str] = ("edit", "prior")) -> Study:
+    """The trials of a search, best first, and all settings of the best one's editor as overrides. Those that diverged are left out.
+
+    `over` as in `balance_at_the_end`.
+    """
     differ = dict.fromkeys([*rows.attrs["settings"], *(name for name in rows if name.startswith("editor."))])
-    values = {run: balance_at_the_end(own) for run, own in rows.groupby("run")}
+    values = {run: balance_at_the_end(own, over) for run, own in rows.groupby("run")}
     rows = rows.assign(balance=rows.run.map(values))
     rows.attrs = {"settings": ["run", "balance", *differ]}
     table = results.pooled(rows)
