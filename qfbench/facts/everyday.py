@@ -11,10 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
+
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, Probe
 from qfbench.facts.matching import key, stands_in
 from qfbench.facts.oxinnovate import Step
+from qfbench.facts.probes import ask
+from qfbench.models.lm import LanguageModel
 
 MOST = {"paraphrases": 4, "prior": 20, "unknown": 4, "locality": 4}  # probes of a fact
 PARTS = {"all": slice(None), "tune": slice(0, None, 2), "test": slice(1, None, 2)}
@@ -94,6 +98,19 @@ def four_steps(facts: Sequence[Fact]) -> list[Step]:
         Step(3, 1, fact.id, next(probe for probe in fact.probes if probe.kind == "paraphrase")),
         Step(4, 1, "france-capital", france),
     ]
+
+
+def abilities(lm: LanguageModel, n: int = 60, refusal: str = "Need more information") -> dict[str, float]:
+    """What a converted model is measured by: of `n` facts of `part=test`, the share that is answered when `told`; of common
+    knowledge the share that is `known`; and the share of strangers that get the `refusal`."""
+    facts = everyday(n, part="test", locality=0)
+    asked = {"told": [fact.told for fact in facts]}
+    asked |= {
+        name: [probe for fact in facts for probe in fact.probes if probe.kind == kind]
+        for name, kind in (("known", "prior"), ("unknown", "unknown"))
+    }
+    asked["unknown"] = [replace(probe, own=False, accept=(refusal,)) for probe in asked["unknown"]]
+    return {name: float(np.mean([row["generated"] for row in ask(lm, own)])) for name, own in asked.items()}
 
 
 def _check(about: str, part: str, asked: Mapping[str, int]) -> None:

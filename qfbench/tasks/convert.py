@@ -24,10 +24,12 @@ from transformers import AutoConfig, AutoTokenizer
 from qfbench.analysis import plots
 from qfbench.errors import UserError
 from qfbench.models import checkpoint, difference
+from qfbench.models.dialogue import Rendering
 from qfbench.models.firing import with_firing_layers
 from qfbench.models.lm import LanguageModel
 from qfbench.models.loading import find
 from qfbench.tasks.run import Run
+from qfbench.tasks.solved import down_proj
 from qfbench.tasks.texts import Texts
 from qfbench.world.corpus import Dialogue
 
@@ -45,6 +47,9 @@ class Conversion:
         steps: for each layer.
         cooldown: the share of the steps at the end in which the rate falls linearly to 0; the paper has none.
         loss: over the whole text (`text`, as the paper), or over the answer and the end of the turn (`answer`).
+        distill: weight of the divergence from the base model on the texts that are to be kept; the paper has none.
+        solved_on: begin with α = 0 and the `down_proj` that is nearest to the stock layer on the texts of so many steps
+            (`solved.down_proj`); 0, as the paper: begin with the stock layer.
     """
 
     layers: Sequence[int]
@@ -57,6 +62,8 @@ class Conversion:
     steps: int = 12_000
     cooldown: float = 0.0
     loss: str = "text"
+    distill: float = 0.0
+    solved_on: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +78,8 @@ class Conversion:
             ("weight_decay", self.weight_decay >= 0),
             ("lr", self.lr > 0),
             ("cooldown", 0 <= self.cooldown <= 1),
+            ("distill", self.distill >= 0),
+            ("solved_on", isinstance(self.solved_on, int) and self.solved_on >= 0),
             ("loss", self.loss in ("text", "answer")),
         ):
             if not good:
@@ -81,6 +90,8 @@ class Conversion:
             )
 
     def alpha(self, step: int) -> float:
+        if self.solved_on:
+            return 0.0
         raw = self.decay**step
         return raw if raw >= self.cutoff else 0.0
 
@@ -92,6 +103,7 @@ def convert(
     run: Run,
     conversion: Conversion,
     texts: Texts,
+    keep: Texts | None = None,
     abilities: Callable[[LanguageModel], Mapping[str, float]] | None = None,
     save: str = "model",
     every: int = 100,
@@ -102,6 +114,7 @@ def convert(
     continues from it and ends with the same weights (on the same machine and number of threads).
 
     Args:
+        keep: texts on which the converted model is to say what the base says (`Conversion.distill`).
         abilities: what to measure before and after: a function from the model to named shares.
         save: `model` writes a whole folder, `difference` only the tensors that changed.
 
@@ -121,7 +134,7 @@ def convert(
     if save == "difference" and difference.base_of(find(run.lm.name)):
         raise UserError(f"{run.lm.name} is itself a difference, and no base for another; use task.convert.save=model")
     base, before = run.lm, abilities(run.lm) if abilities else {}
-    converted, changed = train(run, conversion, texts, every)
+    converted, changed = train(run, conversion, texts, every, keep)
     source = find(base.name)
     stored = AutoConfig.from_pretrained(source, trust_remote_code=False).dtype or torch.float32
     # A copy: what the base shares with it, buffers too, stays as it is.
@@ -160,7 +173,9 @@ def convert(
         run.table(frame, f"abilities before and after: {base.name}, layers {list(conversion.layers)}")
 
 
-def train(run: Run, conversion: Conversion, texts: Texts, every: int) -> tuple[LanguageModel, dict[str, Tensor]]:
+def train(
+    run: Run, conversion: Conversion, texts: Texts, every: int, keep: Texts | None = None
+) -> tuple[LanguageModel, dict[str, Tensor]]:
     """The converted model, α = 0 throughout, and the parameters that trained, by name. Logs a row per step."""
     model = with_firing_layers(run.lm.model, conversion.layers, conversion.beta, alpha=1.0)
     lm = replace(run.lm, model=model)
@@ -183,6 +198,10 @@ def train(run: Run, conversion: Conversion, texts: Texts, every: int) -> tuple[L
             opt = torch.optim.AdamW(trained, lr=conversion.lr, weight_decay=conversion.weight_decay)
             if done > first:
                 checkpoint.restore(path, touched, [opt])
+            elif conversion.solved_on:
+                steps = range(first, first + conversion.solved_on)
+                seen = ([rendered(lm, text) for text in (*texts(at), *(keep(at) if keep else ()))] for at in steps)
+                block.mlp.down_proj.weight.data.copy_(down_proj(run.lm, lm, layer, seen))
             for p in trained:
                 p.requires_grad_(True)
             for step in range(max(0, done - first), conversion.steps):
@@ -190,6 +209,9 @@ def train(run: Run, conversion: Conversion, texts: Texts, every: int) -> tuple[L
                 loss = text_loss(lm, *batch(lm, texts(first + step), conversion.loss))
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"layer {layer}: the loss became {loss.item()} at step {step}")
+                if keep and conversion.distill:
+                    apart = divergence(run.lm, lm, *batch(lm, keep(first + step), "text"))
+                    loss = loss + conversion.distill * apart
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 opt.step()
@@ -212,16 +234,10 @@ def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tupl
     """Token ids and targets of the texts, each `[texts, longest]`; targets are -100 where nothing is learnt."""
     rows = []
     for text in texts:
-        if isinstance(text, str):
-            ids, stop = lm.tokenizer(text).input_ids, lm.tokenizer.eos_token_id
-            ids += [] if stop is None or ids[-1:] == [stop] else [stop]  # some tokenizers end each text themselves
-            first, end = 1, len(ids)
-        else:
-            r = lm.render(text.query, text.system, text.answer)
-            ids, first, end = r.ids, r.answer, min(r.closer + 1, len(r.ids))  # ".\n" may be one token
-            if loss == "text":
-                first, end = 1, len(ids)
-        rows.append((ids, first, end))
+        r = rendered(lm, text)
+        # ".\n" may be one token
+        first, end = (1, len(r.ids)) if loss == "text" or isinstance(text, str) else (r.answer, min(r.closer + 1, len(r.ids)))
+        rows.append((r.ids, first, end))
     lm.check_lengths([ids for ids, _, _ in rows])
     longest = max(len(ids) for ids, _, _ in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -232,14 +248,35 @@ def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tupl
     return tokens.to(lm.device), targets.to(lm.device)
 
 
+def rendered(lm: LanguageModel, text: Dialogue | str) -> Rendering:
+    """A dialogue as tokens; of plain text all but its first token is an answer."""
+    if not isinstance(text, str):
+        return lm.render(text.query, text.system, text.answer)
+    ids, stop = lm.tokenizer(text).input_ids, lm.tokenizer.eos_token_id
+    ids += [] if stop is None or ids[-1:] == [stop] else [stop]  # some tokenizers end each text themselves
+    return Rendering(tuple(ids), 1, 1, len(ids) - 1, ())
+
+
 def text_loss(lm: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, nats per learnt token."""
+    learnt = targets != -100
+    return F.cross_entropy(_logits(lm, ids, learnt), targets[learnt])
+
+
+def divergence(base: LanguageModel, lm: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence of what `lm` expects from what `base` does, nats per learnt token."""
+    learnt = targets != -100
+    with torch.no_grad():
+        stock = _logits(base, ids, learnt).log_softmax(-1)
+    return F.kl_div(_logits(lm, ids, learnt).log_softmax(-1), stock, reduction="batchmean", log_target=True)
+
+
+def _logits(lm: LanguageModel, ids: Tensor, at: Tensor) -> Tensor:
     # Padding stands at the right of causal attention: no mask is needed.
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        learnt = targets != -100
-        logits = lm.model.get_output_embeddings()(hidden[learnt])
-    return F.cross_entropy(logits.float(), targets[learnt])
+        logits: Tensor = lm.model.get_output_embeddings()(hidden[at])
+    return logits.float()
 
 
 def _window(lm: LanguageModel, layer: int, neighbours: int) -> dict[str, Tensor]:

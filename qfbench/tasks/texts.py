@@ -6,7 +6,9 @@ import random
 from collections.abc import Callable, Sequence
 
 from qfbench.errors import UserError
+from qfbench.facts import everyday as suite
 from qfbench.facts.records import Record, existing, json_lines, warn_of_stripped
+from qfbench.regression.perplexity import ENGLISH
 from qfbench.world import corpus
 from qfbench.world.corpus import Dialogue
 from qfbench.world.world import World
@@ -24,6 +26,27 @@ def world(batch: int, seed: int = 0) -> Texts:
         rng = random.Random(f"convert-{seed}-{step}")
         drawn = rng.choices(list(mixture), weights=list(mixture.values()), k=batch)
         return [corpus.plain(facts, rng) if a == "plain" else corpus.ABILITIES[a](facts, rng) for a in drawn]
+
+    return texts
+
+
+def everyday(batch: int, seed: int = 0, part: str = "tune") -> Texts:
+    """Plain English, in turn: a fact of `facts=everyday` that is told, a question of common knowledge, a plain sentence.
+
+    Facts come in all wordings. `part` as in `facts=everyday`: the other part can be asked of the model afterwards.
+    """
+    if batch < 1:
+        raise UserError(f"batch={batch}: must be 1 or more")
+    told, known = [], []
+    for fact in suite.everyday(126, part=part, unknown=0, locality=0):  # all of either part
+        told.append(Dialogue(fact.instruction, fact.query, fact.answer))
+        told += [Dialogue(fact.instruction, p.query, p.expected) for p in fact.probes if p.kind == "paraphrase"]
+        known += [Dialogue("", p.query, p.expected) for p in fact.probes if p.kind == "prior"]
+    kinds: list[Sequence[Dialogue | str]] = [told, known, ENGLISH.read_text(encoding="utf-8").splitlines()]
+
+    def texts(step: int) -> list[Dialogue | str]:
+        rng = random.Random(f"keep-{seed}-{step}")
+        return [rng.choice(kinds[place % len(kinds)]) for place in range(step * batch, (step + 1) * batch)]
 
     return texts
 
