@@ -129,6 +129,10 @@ def convert(
         raise UserError(f"model.dtype={run.lm.dtype}: conversion trains in float32; use model.dtype=float32")
     if len(run.lm.devices) > 1:
         raise UserError("conversion trains on one device, and model.device=balanced has spread the model over several")
+    if (keep is None) != (conversion.distill == 0):
+        raise UserError(
+            f"task.convert.keep and conversion.distill={conversion.distill}: texts to keep need a weight above 0, and it them"
+        )
     if every < 1:
         raise UserError(f"task.convert.every={every}: must be 1 or more")
     if save == "difference" and difference.base_of(find(run.lm.name)):
@@ -236,7 +240,9 @@ def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tupl
     for text in texts:
         r = rendered(lm, text)
         # ".\n" may be one token
-        first, end = (1, len(r.ids)) if loss == "text" or isinstance(text, str) else (r.answer, min(r.closer + 1, len(r.ids)))
+        first, end = (
+            (1, len(r.ids)) if loss == "text" or isinstance(text, str) else (r.answer, min(r.closer + 1, len(r.ids)))
+        )
         rows.append((r.ids, first, end))
     lm.check_lengths([ids for ids, _, _ in rows])
     longest = max(len(ids) for ids, _, _ in rows)
