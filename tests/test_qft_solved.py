@@ -7,7 +7,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from test_contract import composed
-from test_qft_layer import FOUNDER, PLAIN, REFUSED, TEXTS, fired
+from test_qft_layer import PLAIN, REFUSED, TEXTS, fired
 from test_qft_train import Killed, bits_differ, prepared, quick, texts, weights
 
 from qfbench import UserError
@@ -142,7 +142,7 @@ def test_plain_english_is_told_facts_common_questions_and_sentences_of_one_part(
     assert all(isinstance(text, str) for text in plain)
     assert all(text.system for text in told)
     assert not any(text.system for text in known)
-    other = [fact for fact in everyday(126, part="test")]
+    other = everyday(126, part="test")
     asked = {fact.query for fact in other} | {p.query for fact in other for p in fact.probes}
     assert not asked & {text.query for text in (*told, *known)}
     with pytest.raises(UserError, match="batch=0"):

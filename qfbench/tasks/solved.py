@@ -26,13 +26,12 @@ def down_proj(
     ours; the QF2 preprint begins with the stock weights. Memory does not depend on how many dialogues there are.
     """
     site = Site(layer, "up_proj")
-    gram, cross = 0, 0
+    gram = cross = torch.zeros((), dtype=torch.float64)
     for dialogues in batches:
         wanted = torch.cat([read.output for read in record(base, dialogues, site)]).double()
         fired = torch.cat([read.key for read in record(firing, dialogues, site)]).double()
         weight = 1 / wanted.norm(dim=1, keepdim=True)
-        gram = gram + (fired * weight).T @ (fired * weight)
-        cross = cross + (fired * weight).T @ (wanted * weight)
-    gram = torch.as_tensor(gram)
+        gram = gram.to(fired.device) + (fired * weight).T @ (fired * weight)
+        cross = cross.to(fired.device) + (fired * weight).T @ (wanted * weight)
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, torch.as_tensor(cross)).T.to(firing.dtype)
+    return torch.linalg.solve(gram, cross).T.to(firing.dtype)
