@@ -4,7 +4,7 @@
     python benchmarks/stream.py --edits 20 --editors finetune_replay
     python benchmarks/stream.py --edits 20 --editors qf_stream model=smollm2-135m-instruct facts=everyday facts@editor.keep=everyday
 
-Further words are settings, as `qfbench` takes them. *Before the first* is what is done once: asking the unedited model what is to
+Further words are settings, as `qfbench` takes them. `--csv FILE` adds a line of it to a file (experiments/rivals/figures.py draws it). *Before the first* is what is done once: asking the unedited model what is to
 stay. The mean is over all edits, what is solved anew included.
 """
 
@@ -14,7 +14,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 
@@ -24,7 +26,7 @@ from qfbench.editors.regimes import sequential
 from qfbench.tasks.run import LOADED
 
 
-def measured(name: str, edits: int, overrides: Sequence[str]) -> None:
+def measured(name: str, edits: int, overrides: Sequence[str]) -> tuple[str, float]:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", overrides=[f"edits={edits}", *overrides, f"editor={name}"], return_hydra_config=True)
     lm = LanguageModel.load(cfg.model.path, **{key: cfg.model[key] for key in LOADED})
@@ -39,16 +41,20 @@ def measured(name: str, edits: int, overrides: Sequence[str]) -> None:
         f"{name}: before the first and the first {taken[0]:.1f} s; then {statistics.mean(later):.3f} s an edit "
         f"(median {statistics.median(later):.3f}, longest {max(later):.2f})"
     )
+    return type(editor).__name__, statistics.mean(later)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--editors", nargs="+", default=["qf_stream", "finetune_tuned"])
+    parser.add_argument("--csv", type=Path, help="add lines of editor and seconds here")
     args, overrides = parser.parse_known_args()
     torch.set_num_threads(1)
-    for name in args.editors:
-        measured(name, args.edits, overrides)
+    lines = [measured(name, args.edits, overrides) for name in args.editors]
+    if args.csv:
+        table = pd.DataFrame(lines, columns=["editor", "seconds"])
+        table.to_csv(args.csv, mode="a", header=not args.csv.exists(), index=False)
 
 
 if __name__ == "__main__":

@@ -162,3 +162,32 @@ def inflation(table: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     plain(axes)
     return figure
+
+
+def pareto(table: pd.DataFrame) -> Figure:
+    """What an editor keeps (`balance`) against the `seconds` of an edit; a line joins those of which none is both faster and better.
+
+    A point for each line of `table`, named by its `editor`.
+    """
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    table = table.sort_values("seconds")
+    front = table[table.balance > table.balance.cummax().shift(fill_value=-1.0)]
+    axes.plot(front.seconds, front.balance, color="#999999", lw=1, drawstyle="steps-post", zorder=1)
+    on_front = table.index.isin(front.index)
+    axes.scatter(table.seconds, table.balance, c=np.where(on_front, "#0072B2", "#D55E00"), zorder=2)
+    for at, line in enumerate(table.itertuples()):
+        above = at % 2 == 0
+        axes.annotate(
+            line.editor,
+            (line.seconds, line.balance),
+            xytext=(4, 6 if above else -12),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set(
+        xscale="log", xlabel="seconds of an edit (log)", ylabel="harmonic mean of what is kept", ylim=(-0.05, 1.08)
+    )
+    axes.margins(x=0.15)
+    plain(axes)
+    return figure

@@ -225,7 +225,7 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
 
 def balance(*shares: float) -> float:
     """Their harmonic mean: high only where facts are taught and prior knowledge is spared at once."""
-    return len(shares) / sum(1 / share for share in shares) if all(shares) else 0.0
+    return len(shares) / sum(1 / share for share in shares) if shares and all(shares) else 0.0
 
 
 def balance_at_the_end(rows: pd.DataFrame, over: Sequence[str] = ("edit", "prior")) -> float:

@@ -71,7 +71,7 @@ def rows_of(*paths: str | Path) -> pd.DataFrame:
             raise UserError(f"{folder / 'rows.parquet'}: cannot be read ({error})") from error
         same = pd.DataFrame({"run": str(folder)} | table.loc[str(folder)].to_dict(), index=rows.index)
         parts.append(pd.concat([rows, same], axis=1))  # at once: they may be many
-    rows = regular(pd.concat(parts, ignore_index=True).infer_objects())
+    rows = regular(pd.concat(parts, ignore_index=True).infer_objects().copy())  # in one piece: columns may be many
     rows.attrs["settings"] = list(told_apart(table))
     return rows
 

@@ -1,0 +1,40 @@
+"""What an editor keeps, against what it costs."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qfbench.analysis.comparisons import pareto
+from qfbench.analysis.measures import balance, summary
+from qfbench.pages import results
+
+RUNS = Path(__file__).parents[1] / "experiments" / "rivals" / "runs"
+
+
+def test_the_line_joins_those_of_which_none_is_both_faster_and_better():
+    table = pd.DataFrame(
+        {"editor": list("abcde"), "seconds": [1.0, 0.1, 10.0, 0.3, 3.0], "balance": [0.5, 0.2, 0.9, 0.1, 0.5]}
+    )
+    axes = pareto(table).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0.1, 0.2], [1.0, 0.5], [10.0, 0.9]]
+    assert {text.get_text() for text in axes.texts} == set("abcde")
+    points = axes.collections[0]
+    assert sorted(map(tuple, points.get_offsets())) == sorted(zip(table.seconds, table.balance, strict=True))
+    assert len(np.unique(points.get_facecolors(), axis=0)) == 2
+
+
+@pytest.mark.parametrize(("shares", "worth"), [((0.5, 0.5), 0.5), ((1, 1, 0.5), 0.75), ((1, 0, 1, 1), 0), ((), 0)])
+def test_balance_is_the_harmonic_mean(shares, worth):
+    assert balance(*shares) == pytest.approx(worth)
+
+
+def test_runs_that_differ_in_very_many_settings_are_read_without_a_warning():
+    """pandas warns of frames in many pieces, once for every line of output."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = results.retention(RUNS)
+        assert rows.shape[1] > 100
+        assert len(results.pooled(rows, summary))
