@@ -233,7 +233,9 @@ def balance_at_the_end(rows: pd.DataFrame, over: Sequence[str] = ("edit", "prior
 
     Of `single`, which retains nothing, they are those after each edit. 0 where nothing could be taught.
     """
-    ends = [shares(parts["kept"], *over) for who, parts in summary_lines(rows) if who.get("of") == who["regime"]]
+    ends = [
+        shares(parts["kept"], *over) for who, parts in summary_lines(rows) if who.get("of") == who["regime"]
+    ]
     return float(np.mean([balance(*end.values()) for end in ends])) if ends else 0.0
 
 

@@ -236,9 +236,7 @@ def batch(lm: LanguageModel, texts: Sequence[Dialogue | str], loss: str) -> tupl
     for text in texts:
         r = rendered(lm, text)
         # ".\n" may be one token
-        first, end = (
-            (1, len(r.ids)) if loss == "text" or isinstance(text, str) else (r.answer, min(r.closer + 1, len(r.ids)))
-        )
+        first, end = (1, len(r.ids)) if loss == "text" or isinstance(text, str) else (r.answer, min(r.closer + 1, len(r.ids)))
         rows.append((r.ids, first, end))
     lm.check_lengths([ids for ids, _, _ in rows])
     longest = max(len(ids) for ids, _, _ in rows)
