@@ -1,20 +1,23 @@
-"""The command `qfbench-edits`: keep edits in a folder; list, apply, undo, compare and ask them; hand them on."""
+"""The command `qfbench-edits`: keep edits in a folder; list, apply, undo, compare and ask them, also on a page; hand them on."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import torch
+from omegaconf import DictConfig
 from rich.console import Console
 
 from qfbench.analysis.tables import console, show
 from qfbench.commands import show_all
 from qfbench.commands.library import composed
 from qfbench.commands.merge import merge
+from qfbench.commands.page import Server, Talk, prior_questions
 from qfbench.commands.run import quiet, with_own_settings
 from qfbench.commands.settings import CONF, build, check
 from qfbench.editors.edits import FILE, Edits
@@ -29,13 +32,7 @@ SHOWN = 3  # singular values of a matrix
 
 def teach(args: argparse.Namespace, out: Console) -> None:
     """New edits, or further facts for those that are there: by the same editor, to the same model."""
-    there = (Path(args.folder) / FILE).exists()
-    fixed = [word for word in args.settings if word.startswith(("model", "editor", "facts@editor"))]
-    if there and fixed:
-        raise UserError(f"{args.folder} has edits already, with their model and editor; leave out {' '.join(fixed)}")
-    cfg = composed(*with_own_settings(args.settings))
-    check(cfg)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    there, cfg = given(args)
     if there:
         before = Edits.load(args.folder)
         edits = before.more(before.source.load(), build(cfg, "facts"))
@@ -43,6 +40,18 @@ def teach(args: argparse.Namespace, out: Console) -> None:
         edits = Edits.teach(load(cfg.model), build(cfg, "editor"), build(cfg, "facts"))
     edits.save(args.folder)
     say(out, f"{args.folder}: {len(edits.facts)} facts by {name_of(edits)}")
+
+
+def given(args: argparse.Namespace) -> tuple[bool, DictConfig]:
+    """Whether the folder has edits, and the settings of the command line, which may not choose what those have already."""
+    there = (Path(args.folder) / FILE).exists()
+    fixed = [word for word in args.settings if word.startswith(("model", "editor", "facts@editor"))]
+    if there and fixed:
+        raise UserError(f"{args.folder} has edits already, with their model and editor; leave out {' '.join(fixed)}")
+    cfg = composed(*with_own_settings(args.settings))
+    check(cfg)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    return there, cfg
 
 
 def list_facts(args: argparse.Namespace, out: Console) -> None:
@@ -151,6 +160,27 @@ def ask(args: argparse.Namespace, out: Console) -> None:
     show(out, pd.DataFrame({"question": questions, "before": before, "after": after}), "")
 
 
+def page(args: argparse.Namespace, out: Console) -> None:
+    """Serve the page until Ctrl-C. A folder without edits begins with none."""
+    there, cfg = given(args)
+    taught = [word for word in args.settings if word.startswith(("facts", "edits")) and not word.startswith("facts@")]
+    if taught:
+        raise UserError(f"page: facts are taught on the page, or by `teach`; leave out {' '.join(taught)}")
+    if there:
+        edits = Edits.load(args.folder)
+        lm = edits.source.load(args.model)
+    elif args.model:
+        raise UserError(f"--model: is for edits that are there, and {args.folder} has none; give model=... instead")
+    else:
+        lm = load(cfg.model)
+        edits = Edits.teach(lm, build(cfg, "editor"), [])
+        edits.save(args.folder)
+    with Server(Talk(args.folder, lm, edits, prior_questions(lm.name, args.prior)), args.port) as server:
+        say(out, f"{args.folder}: {len(edits.facts)} facts by {name_of(edits)}, on {server.url} (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
 def to_peft(args: argparse.Namespace, out: Console) -> None:
     edits = Edits.load(args.folder)
     if not edits.changes:
@@ -200,6 +230,14 @@ def parser() -> argparse.ArgumentParser:
     command("diff", diff, "what changed: by matrix, and by fact", model=False)
     sub = command("ask", ask, "replies before and after, side by side")
     sub.add_argument("questions", nargs="*", metavar="QUESTION", help="none: one a line from standard input")
+    sub = command("page", page, "a page of this machine's own, to teach, undo and ask by hand")
+    sub.add_argument(
+        "settings", nargs="*", metavar="SETTING", help="where there are no edits: model=... editor=..., as for qfbench"
+    )
+    sub.add_argument(
+        "--port", type=int, default=8765, help="of this machine; 0: any that is free (default: %(default)s)"
+    )
+    sub.add_argument("--prior", metavar="FILE", help="questions that should stay as they are answered, one a line")
     sub = command("to-peft", to_peft, "write a LoRA adapter for peft", model=False)
     sub.add_argument("to", metavar="DIR")
     sub.add_argument("--rank", type=int, help="of each matrix at most; by default what it has")

@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
@@ -26,6 +25,7 @@ from qfbench.analysis.tables import tabled
 from qfbench.errors import UserError
 from qfbench.pages import results
 from qfbench.pages.cautions import cautions, edited
+from qfbench.pages.html import filled
 from qfbench.pages.legend import LINES, columns
 from qfbench.pages.replies import examples, flipped
 from qfbench.runs.provenance import SAME
@@ -65,9 +65,7 @@ def page(folder: str | Path) -> str:
         table = results.pooled(rows)
         values["cautions"] += cautions(rows, table, list(known.values()))
         values["retention"] = _retention(rows, table, list(known.values()), results.settings_of(found[0]))
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("report.html.j2").render(values)
+    return filled("report.html.j2", **values)
 
 
 def _retention(
