@@ -92,10 +92,15 @@ def heat_map(axes: Axes, grid: pd.DataFrame) -> AxesImage:
 
 
 def curves(table: pd.DataFrame, across: str, measures: Sequence[str]) -> Figure:
-    """Measures (down) against the column `across`, a panel per model and a line per editor, with their intervals."""
+    """Measures (down) against the column `across`, a panel per model and a line per editor, with their intervals.
+
+    Of one model alone, measures stand two in a row.
+    """
     models, editors = table.model.unique(), table.editor.unique()
-    figure = Figure(figsize=(3.6 * len(models) + 0.6, 2.4 * len(measures) + 0.5), layout="constrained")
-    panels = figure.subplots(len(measures), len(models), squeeze=False, sharex="col", sharey=True)
+    wide = max(2, len(models))
+    down = -(-len(measures) * len(models) // wide)
+    figure = Figure(figsize=(3.6 * wide + 0.6, 2.4 * down + 0.5 + 0.07 * len(editors)), layout="constrained")
+    panels = figure.subplots(down, wide, squeeze=False, sharex="col", sharey=True)
     styles = dict(zip(editors, cycle([*STYLES.values(), *OTHERS]), strict=False))
     for (name, model), axes in zip(product(measures, models), panels.flat, strict=True):
         for editor, own in table[table.model == model].groupby("editor", sort=False):
@@ -108,7 +113,11 @@ def curves(table: pd.DataFrame, across: str, measures: Sequence[str]) -> Figure:
         axes.minorticks_off()
         plain(axes)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=len(editors))
+    figure.legend(
+        handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=min(len(editors), 2 * wide)
+    )
+    for axes in panels.flat[len(measures) * len(models) :]:
+        axes.set_visible(False)
     return figure
 
 
