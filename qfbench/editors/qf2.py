@@ -150,7 +150,7 @@ class QF2(Recorder):
             change = hebbian(y, x, s, self.lr)
         else:
             drive = torch.cat([beta * up(part.inputs) for part in parts]).to(home, torch.float64)
-            change, notes["short"] = stopped(y, x, s, self.lr, drive, beta, self.stop, self.rounds)
+            change, notes["residual"] = stopped(y, x, s, self.lr, drive, beta, self.stop, self.rounds)
         return WeightDelta({site.weight_name(lm.model): change}, notes, keys)
 
     def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
