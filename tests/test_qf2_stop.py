@@ -4,7 +4,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from test_contract import composed
-from test_qf2 import D, F, FOUNDER, close, dense, problem
+from test_qf2 import FOUNDER, D, F, close, dense, problem
 
 from qfbench import LanguageModel, UserError
 from qfbench.editors import QF2
@@ -63,7 +63,7 @@ def test_where_no_neuron_fires_as_told_one_round_is_the_papers_rule():
 
 
 def test_what_fires_as_told_everywhere_stays_as_it_is():
-    fired, inputs, weights, weight, drive = given(3)
+    fired, inputs, weights, _, drive = given(3)
     done = ((fired - 0.5).sign() * (drive.sigmoid() - 0.5) >= 0.25).all(0)
     assert 0 < done.sum() < F
     change, _ = stopped(fired, inputs, weights, 0.05, drive, BETA, 0.25, 10**5)

@@ -103,7 +103,6 @@ class QF2(Recorder):
         rest: significance of the answer's other words.
         opener: significance of the template's tokens before the answer; the released code has 0.
         closer: significance of the token that ends the turn; None, as the released code, takes that of the last word.
-
         stop: goes beyond the paper: the rule is applied in rounds, and a neuron is left out at a token once it is so far from ½,
             on its told side (`stopped`). Facts taught `joint` share the rounds. None: the paper's rule, once.
         rounds: how many of them, at most; of no effect without `stop`.
