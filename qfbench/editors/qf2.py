@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qfbench.editors.base import Recorder
 from qfbench.editors.teach import lesson, record_pairs
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.lm import LanguageModel
@@ -41,6 +42,47 @@ def hebbian(
     return LowRank((lr * weights[:, None] * (fired - 0.5)).T, inputs)
 
 
+def stopped(
+    fired: Float[Tensor, "taught f"],
+    inputs: Float[Tensor, "taught d"],
+    weights: Float[Tensor, " taught"],
+    lr: float,
+    drive: Float[Tensor, "taught f"],
+    beta: float,
+    stop: float,
+    rounds: int,
+) -> tuple[LowRank, float]:
+    """Beyond the paper: Eq. (3) again and again, each time for those neurons alone that do not yet fire as told.
+
+    A neuron is left out at a token once σ(β (W + ΔW) x') is `stop` or more from ½, on the side of y*. This is the
+    perceptron's rule with a margin (Rosenblatt 1958): where the taught inputs are independent, enough rounds end it.
+
+    Args:
+        fired, inputs, weights, lr: as of `hebbian`.
+        drive: β W x', what the neurons get alone before the change.
+        stop: 0 to below ½.
+        rounds: how often at most.
+
+    Returns:
+        ΔW, [f, d], and the share of neurons, over all tokens, that fell short of it in the end.
+
+    Raises:
+        FloatingPointError: an activation is not finite.
+    """
+    step = hebbian(fired, inputs, weights, lr).left.T
+    side, overlap, pushed = (fired - 0.5).sign(), beta * inputs @ inputs.T, torch.zeros_like(step)
+
+    def short() -> Tensor:
+        return (side != 0) & (side * (torch.sigmoid(drive + overlap @ pushed) - 0.5) < stop)
+
+    for _ in range(rounds):
+        push = step * short()
+        if not push.any():
+            break
+        pushed = pushed + push
+    return LowRank(pushed.T, inputs), short().double().mean().item()
+
+
 @dataclass(frozen=True)
 class Taught:
     """What the two passes recorded at the taught positions, in the model's dtype; none of it depends on W."""
@@ -61,8 +103,14 @@ class QF2(Recorder):
         rest: significance of the answer's other words.
         opener: significance of the template's tokens before the answer; the released code has 0.
         closer: significance of the token that ends the turn; None, as the released code, takes that of the last word.
+        stop: goes beyond the paper: the rule is applied in rounds, and a neuron is left out at a token once it is so far from ½,
+            on its told side (`stopped`). Facts taught `joint` share the rounds. None: the paper's rule, once.
+        rounds: how many of them, at most; of no effect without `stop`.
 
     Punctuation inside the answer weighs 0, as in the released code.
+
+    Raises:
+        UserError: `stop` is not below ½, or `rounds` is 0.
     """
 
     layer: int
@@ -71,11 +119,18 @@ class QF2(Recorder):
     rest: float = 1.0
     opener: float = 0.0
     closer: float | None = None
+    stop: float | None = None
+    rounds: int = 100
 
     needs_firing = True
-    above_zero = ("lr",)
-    not_negative = ("named", "rest", "opener", "closer")
+    above_zero = ("lr", "rounds")
+    not_negative = ("named", "rest", "opener", "closer", "stop")
     ahead = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop is not None and self.stop >= 0.5:
+            raise UserError(f"editor.stop={self.stop}: must be below 0.5, since no neuron fires above 1")
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -90,10 +145,18 @@ class QF2(Recorder):
         y, x, s = (torch.cat(each).to(home, torch.float64) for each in (fired, inputs, weights))
         notes = {"tokens": float(len(s))}
         keys = [key.float() for key in inputs]
-        return WeightDelta({site.weight_name(lm.model): hebbian(y, x, s, self.lr)}, notes, keys)
+        if self.stop is None:
+            change = hebbian(y, x, s, self.lr)
+        else:
+            drive = torch.cat([beta * up(part.inputs) for part in parts]).to(home, torch.float64)
+            change, notes["residual"] = stopped(y, x, s, self.lr, drive, beta, self.stop, self.rounds)
+        return WeightDelta({site.weight_name(lm.model): change}, notes, keys)
 
     def joint(self, lm: LanguageModel, facts: Sequence[Fact], done: int = 0) -> Iterator[WeightDelta]:
-        """Facts are summed: each is added to the change of those before it."""
+        """Without a stop facts are summed: each is added to the change of those before it."""
+        if self.stop is not None:
+            yield from super().joint(lm, facts, done)
+            return
         total, tokens = WeightDelta(), 0.0
         for n, part in enumerate(self.recorded(lm, facts), start=1):
             total = total + self.together(lm, [part])
