@@ -52,8 +52,8 @@ def shown(cell):
     return {kind: text for output in cell.get("outputs", []) for kind, text in output.get("data", {}).items()}
 
 
-def test_there_are_three():
-    assert [path.name[:2] for path in PATHS] == ["01", "02", "03"]
+def test_there_are_four():
+    assert [path.name[:2] for path in PATHS] == ["01", "02", "03", "04"]
 
 
 def test_runs_top_to_bottom(path, executed):

@@ -10,6 +10,7 @@ import pytest
 from qfbench.analysis.comparisons import pareto
 from qfbench.analysis.measures import balance, summary
 from qfbench.pages import results
+from qfbench.pages.study import rivals
 
 RUNS = Path(__file__).parents[1] / "experiments" / "rivals" / "runs"
 
@@ -38,3 +39,22 @@ def test_runs_that_differ_in_very_many_settings_are_read_without_a_warning():
         rows = results.retention(RUNS)
         assert rows.shape[1] > 100
         assert len(results.pooled(rows, summary))
+
+
+def test_the_best_editor_stands_first_and_what_it_is_judged_by_stands_beside_it():
+    rows = results.retention(RUNS)
+    table = rivals(rows, (10, 48)).tables["rivals"]
+    assert list(table.edits.unique()) == [10, 48]
+    for _, own in table.groupby("edits"):
+        assert own.balance.is_monotonic_decreasing
+    for line in table.to_dict("records"):
+        assert line["balance"] == pytest.approx(
+            balance(*(line[n] for n in ("retention", "paraphrase", "prior", "refused")))
+        )
+    other = rivals(rows, (48,), refuses=False).tables["rivals"]
+    for line in other.to_dict("records"):
+        assert line["not_leaked"] == pytest.approx(1 - line["leakage"])
+        assert line["not_leaked_low"] <= line["not_leaked"] <= line["not_leaked_high"]
+        assert line["balance"] == pytest.approx(
+            balance(*(line[n] for n in ("retention", "paraphrase", "prior", "not_leaked")))
+        )

@@ -1,4 +1,7 @@
-"""The rivals' four measures as small multiples, and what each keeps against the seconds of an edit. See README.md."""
+"""What editors keep after so many edits: a table, the four measures as small multiples, and quality against the seconds of an edit.
+
+See README.md. Seconds are of `benchmarks/stream.py --csv`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from qfbench.analysis.comparisons import curves, pareto
-from qfbench.analysis.measures import at_steps, balance
+from qfbench.analysis.comparisons import pareto
 from qfbench.pages import results
+from qfbench.pages.study import rivals
 
 HERE = Path(__file__).parent
-TAUGHT = ["retention", "paraphrase", "prior"]
 
 
 def main() -> None:
@@ -20,26 +22,15 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, default=[HERE / "runs"], help="folders of runs")
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 48, 96], help="after so many edits")
     parser.add_argument(
-        "--to", type=Path, default=HERE / "results", help="folder; its seconds.csv is of benchmarks/stream.py"
+        "--to", type=Path, default=HERE / "results", help="folder; its seconds.csv is taken, if there is one"
     )
     parser.add_argument("--leaked", action="store_true", help="count strangers without a taught answer, not refusals")
     parser.add_argument("--at", type=int, default=48, help="edits at which quality is set against seconds")
     args = parser.parse_args()
-    rows = results.retention(*args.runs)
-    table = results.pooled(rows, lambda own: at_steps(own, args.steps, fresh=True))
-    table = table.assign(
-        edits=table.get("edits_done", table.edits),  # where runs differ in the edits that they were set to do
-        not_leaked=1 - table.leakage,
-        not_leaked_low=1 - table.leakage_high,
-        not_leaked_high=1 - table.leakage_low,
-    )
-    measures = [*TAUGHT, "not_leaked" if args.leaked else "refused"]
-    table["balance"] = [balance(*line) for line in table[measures].to_numpy()]
-    names = [f"{name}{end}" for name in (*TAUGHT, "refused", "leakage", "not_leaked") for end in ("", "_low", "_high")]
-    table = table[["edits", "editor", "regime", "balance", *names]].assign(model=table.model)
-    table = table.sort_values(["edits", "balance"], ascending=[True, False])
+    study = rivals(results.retention(*args.runs), args.steps, refuses=not args.leaked)
+    table = study.tables["rivals"]
     table.to_csv(args.to / "rivals.csv", index=False, float_format="%.4f")
-    curves(table, "edits", measures).savefig(args.to / "measures.png", dpi=110)
+    study.figures["measures"].savefig(args.to / "measures.png", dpi=110)
     if (seconds := args.to / "seconds.csv").exists():
         table = table[table.edits == args.at].merge(pd.read_csv(seconds), on="editor")
         pareto(table).savefig(args.to / "pareto.png", dpi=110)

@@ -95,6 +95,30 @@ def sequential_stress(rows: pd.DataFrame, steps: Sequence[int] = (20, 50, 200, 1
     return Study({"steps": results.pooled(rows, lambda own: at_steps(own, steps))}, figures)
 
 
+def rivals(rows: pd.DataFrame, steps: Sequence[int] = (10, 48, 96), refuses: bool = True) -> Study:
+    """What each editor keeps after so many edits, best first.
+
+    `balance` is the harmonic mean of taught facts that are answered, of their other wordings (right after the edit, of all up to
+    there), of prior knowledge, and of strangers that are refused as before, or, where a model `refuses` nothing, that get no taught
+    answer (`not_leaked`).
+    """
+    table = results.pooled(rows, lambda own: at_steps(own, steps, fresh=True))
+    table = table.assign(
+        edits=table.get("edits_done", table.edits),  # where runs differ in the edits that they were set to do
+        not_leaked=1 - table.leakage,
+        not_leaked_low=1 - table.leakage_high,
+        not_leaked_high=1 - table.leakage_low,
+    )
+    measures = ("retention", "paraphrase", "prior", "refused" if refuses else "not_leaked")
+    table["balance"] = [balance(*line) for line in table[list(measures)].to_numpy()]
+    shown = [
+        f"{name}{end}" for name in (*measures, "leakage") for end in ("", "_low", "_high", "_n") if name + end in table
+    ]
+    table = table[["edits", "model", "editor", "regime", "balance", *shown]]
+    table = table.sort_values(["edits", "balance"], ascending=[True, False], ignore_index=True)
+    return Study({"rivals": table}, {"measures": comparisons.curves(table, "edits", measures)})
+
+
 def trials(rows: pd.DataFrame, over: Sequence[str] = ("edit", "prior")) -> Study:
     """The trials of a search, best first, and all settings of the best one's editor as overrides. Those that diverged are left out.
 
