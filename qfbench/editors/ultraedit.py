@@ -120,7 +120,9 @@ class UltraEdit(Recorder):
             pair = seen[site][0][0], gradient[0]  # of the one dialogue
             h, g = (t[0 if self.prompt else dialogue.answer - 1 :].to(site.home(lm.model), torch.float64) for t in pair)
             if not (torch.isfinite(h).all() and torch.isfinite(g).all()):
-                raise FloatingPointError(f"fact {fact.id}: an activation or a gradient at layer {site.layer} is not finite")
+                raise FloatingPointError(
+                    f"fact {fact.id}: an activation or a gradient at layer {site.layer} is not finite"
+                )
             found.append((h, g))
         return found
 
