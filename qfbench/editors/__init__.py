@@ -15,6 +15,7 @@ from qfbench.editors.replay import Replay
 from qfbench.editors.retrieval import PromptRetrieval
 from qfbench.editors.rome import ROME
 from qfbench.editors.stream import QFStream
+from qfbench.editors.ultraedit import UltraEdit
 
 __all__ = [
     "MEMIT",
@@ -32,4 +33,5 @@ __all__ = [
     "QFPatch",
     "QFStream",
     "Replay",
+    "UltraEdit",
 ]

@@ -114,6 +114,17 @@ def check_layers(lm: LanguageModel, more_layers: Sequence[int]) -> None:
         raise UserError(f"editor.more_layers={list(more_layers)}: the model has layers 0 to {highest}")
 
 
+def matrices(layers: Sequence[int], modules: Sequence[str]) -> tuple[Site, ...]:
+    """These matrices of each of these layers, from low to high, each once.
+
+    Raises:
+        UserError: none is named.
+    """
+    if not modules:
+        raise UserError("editor.target_modules=[]: name at least one matrix, such as down_proj")
+    return tuple(Site(layer, module) for layer in sorted(set(layers)) for module in dict.fromkeys(modules))
+
+
 class Recorder(Editor):
     """An editor in two steps: it records each fact in forward passes, and solves for the change from what it recorded.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qfbench.editors.base import Editor, check_layers
+from qfbench.editors.base import Editor, check_layers, matrices
 from qfbench.editors.finetune import answers, batched, descend, summed_nll
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -55,13 +55,11 @@ class LoRA(Editor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.target_modules:
-            raise UserError("editor.target_modules=[]: name at least one matrix, such as down_proj")
+        matrices((self.layer,), self.target_modules)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        modules = dict.fromkeys(self.target_modules)
-        return tuple(Site(layer, module) for layer in sorted({self.layer, *self.more_layers}) for module in modules)
+        return matrices((self.layer, *self.more_layers), self.target_modules)
 
     def check(self, lm: LanguageModel) -> None:
         library()
