@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="add lines of editor and seconds here")
     args, overrides = parser.parse_known_args()
     torch.set_num_threads(1)
-    lines = [measured(name, args.edits, overrides) for name in args.editors]
+    overrides += [word for word in args.editors if "=" in word]  # which stand behind the names
+    lines = [measured(name, args.edits, overrides) for name in args.editors if "=" not in name]
     if args.csv:
         table = pd.DataFrame(lines, columns=["editor", "seconds"])
         table.to_csv(args.csv, mode="a", header=not args.csv.exists(), index=False)

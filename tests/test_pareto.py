@@ -12,7 +12,7 @@ from qfbench.analysis.measures import balance, summary
 from qfbench.pages import results
 from qfbench.pages.study import rivals
 
-RUNS = Path(__file__).parents[1] / "experiments" / "rivals" / "runs"
+RUNS = Path(__file__).parents[1] / "experiments" / "rivals" / "runs" / "side_by_side"
 
 
 def test_the_line_joins_those_of_which_none_is_both_faster_and_better():

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, default=[HERE / "runs"], help="folders of runs")
+    parser.add_argument("runs", nargs="*", type=Path, default=[HERE / "runs" / "side_by_side"], help="folders of runs")
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 48, 96], help="after so many edits")
     parser.add_argument(
         "--to", type=Path, default=HERE / "results", help="folder; its seconds.csv is taken, if there is one"

@@ -173,7 +173,7 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
         small: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "store_schema": False}
         files: dict[str, Callable[[Path], object]] = {
             "config.yaml": partial(shutil.copyfile, folder / "config.yaml"),
-            "provenance.json": partial(shutil.copyfile, folder / "provenance.json"),
+            "provenance.json": partial(_provenance, folder),
             "rows.parquet": partial(pyarrow.parquet.write_table, table, **small),
         }
         ledger = Ledger(to / folder.name)
@@ -181,6 +181,13 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
             if not ledger.write(name, write):
                 raise UserError(f"{folder / name} cannot be copied to {to} (is it there, and is there room?)")
     return [to / folder.name for folder in found]
+
+
+def _provenance(folder: Path, to: Path) -> None:
+    """A copy that does not say in which folder of its machine the run lay."""
+    known = provenance_of(folder)
+    known["command"] = [word for word in known.get("command", []) if not word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    to.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 def _shown(rows: pd.DataFrame) -> pd.Series:
