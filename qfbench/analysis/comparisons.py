@@ -185,18 +185,15 @@ def pareto(table: pd.DataFrame) -> Figure:
     axes.plot(front.seconds, front.balance, color="#999999", lw=1, drawstyle="steps-post", zorder=1)
     on_front = table.index.isin(front.index)
     axes.scatter(table.seconds, table.balance, c=np.where(on_front, "#0072B2", "#D55E00"), zorder=2)
-    for at, line in enumerate(table.itertuples()):
-        above = at % 2 == 0
-        axes.annotate(
-            line.editor,
-            (line.seconds, line.balance),
-            xytext=(4, 6 if above else -12),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    lines = table.to_dict("records")
+    for at, line in enumerate(lines):
+        near = [one for one in lines[:at] if one["seconds"] > 0.6 * line["seconds"]]
+        near = [one for one in near if abs(one["balance"] - line["balance"]) < 0.05]
+        place = (6, 11 * len(near) - 3)  # one above the other, where points are near each other
+        axes.annotate(line["editor"], (line["seconds"], line["balance"]), place, textcoords="offset points", fontsize=8)
     axes.set(
         xscale="log", xlabel="seconds of an edit (log)", ylabel="harmonic mean of what is kept", ylim=(-0.05, 1.08)
     )
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     plain(axes)
     return figure

@@ -186,7 +186,9 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
 def _provenance(folder: Path, to: Path) -> None:
     """A copy that does not say in which folder of its machine the run lay."""
     known = provenance_of(folder)
-    known["command"] = [word for word in known.get("command", []) if not word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    known["command"] = [
+        word for word in known.get("command", []) if not word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))
+    ]
     to.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
