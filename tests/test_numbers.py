@@ -38,7 +38,7 @@ def pairs(table):
 def stored():
     """Of all results, and of the page that `test_leaderboard` holds to the stored runs."""
     found = set(SAID.findall((ROOT / "docs" / "results.md").read_text(encoding="utf-8")))
-    for file in (ROOT / "experiments").glob("*/results/*.csv"):
+    for file in (ROOT / "experiments").glob("*/results/**/*.csv"):
         found |= pairs(pd.read_csv(file))
     return found
 
