@@ -49,14 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--editors", nargs="+", default=["qf_stream", "finetune_tuned"])
-    parser.add_argument("--csv", type=Path, help="add lines of editor and seconds here")
+    parser.add_argument("--csv", type=Path, help="put editor and seconds here, in place of the same editor before")
     args, overrides = parser.parse_known_args()
     torch.set_num_threads(1)
     overrides += [word for word in args.editors if "=" in word]  # which stand behind the names
     lines = [measured(name, args.edits, overrides) for name in args.editors if "=" not in name]
     if args.csv:
         table = pd.DataFrame(lines, columns=["editor", "seconds"])
-        table.to_csv(args.csv, mode="a", header=not args.csv.exists(), index=False)
+        before = pd.read_csv(args.csv) if args.csv.exists() else table[:0]
+        pd.concat([before[~before.editor.isin(table.editor)], table]).to_csv(args.csv, index=False)
 
 
 if __name__ == "__main__":

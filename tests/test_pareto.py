@@ -30,6 +30,7 @@ def test_the_line_joins_those_of_which_none_is_both_faster_and_better():
 @pytest.mark.parametrize(("shares", "worth"), [((0.5, 0.5), 0.5), ((1, 1, 0.5), 0.75), ((1, 0, 1, 1), 0), ((), 0)])
 def test_balance_is_the_harmonic_mean(shares, worth):
     assert balance(*shares) == pytest.approx(worth)
+    assert np.isnan(balance(*shares, np.nan))
 
 
 def test_runs_that_differ_in_very_many_settings_are_read_without_a_warning():

@@ -102,7 +102,7 @@ def curves(table: pd.DataFrame, across: str, measures: Sequence[str]) -> Figure:
     figure = Figure(figsize=(3.6 * wide + 0.6, 2.4 * down + 0.5 + 0.07 * len(editors)), layout="constrained")
     panels = figure.subplots(down, wide, squeeze=False, sharex="col", sharey=True)
     styles = dict(zip(editors, cycle([*STYLES.values(), *OTHERS]), strict=False))
-    for (name, model), axes in zip(product(measures, models), panels.flat, strict=True):
+    for (name, model), axes in zip(product(measures, models), panels.flat, strict=False):
         for editor, own in table[table.model == model].groupby("editor", sort=False):
             axes.plot(own[across], own[name], label=editor, **stroke(styles[editor]))
             axes.fill_between(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from qfbench.analysis.catalogue import BESIDE, GENERAL, MEASURES
 from qfbench.analysis.uncertainty import LEVEL, Range, estimate, holm, p_of, paired
+from qfbench.errors import UserError
 
 # What an edit should leave as it is, by kind of probe whose replies say so, and the measure of it.
 KEPT = {m.kind: m.name for m in MEASURES.values() if m.collapse and not m.nats}
@@ -224,7 +225,9 @@ def by_setting(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
 
 
 def balance(*shares: float) -> float:
-    """Their harmonic mean: high only where facts are taught and prior knowledge is spared at once."""
+    """Their harmonic mean: high only where facts are taught and prior knowledge is spared at once. NaN where one is not known."""
+    if np.isnan(shares).any():
+        return float("nan")
     return len(shares) / sum(1 / share for share in shares) if shares and all(shares) else 0.0
 
 
@@ -234,6 +237,11 @@ def balance_at_the_end(rows: pd.DataFrame, over: Sequence[str] = ("edit", "prior
     Of `single`, which retains nothing, they are those after each edit. 0 where nothing could be taught.
     """
     ends = [shares(parts["kept"], *over) for who, parts in summary_lines(rows) if who.get("of") == who["regime"]]
+    for end in ends:
+        if missing := [kind for kind, share in end.items() if np.isnan(share)]:
+            raise UserError(
+                f"objective.over={list(over)}: nothing of the kind {missing[0]} is asked (facts.paraphrases=1?)"
+            )
     return float(np.mean([balance(*end.values()) for end in ends])) if ends else 0.0
 
 

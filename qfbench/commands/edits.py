@@ -166,6 +166,8 @@ def page(args: argparse.Namespace, out: Console) -> None:
     taught = [word for word in args.settings if word.startswith(("facts", "edits")) and not word.startswith("facts@")]
     if taught:
         raise UserError(f"page: facts are taught on the page, or by `teach`; leave out {' '.join(taught)}")
+    if args.prior:
+        prior_questions("", args.prior)  # what cannot be read is found before anything is written
     if there:
         edits = Edits.load(args.folder)
         lm = edits.source.load(args.model)

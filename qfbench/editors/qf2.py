@@ -73,7 +73,7 @@ def stopped(
     side, overlap, pushed = (fired - 0.5).sign(), beta * inputs @ inputs.T, torch.zeros_like(step)
 
     def short() -> Tensor:
-        return (side != 0) & (side * (torch.sigmoid(drive + overlap @ pushed) - 0.5) < stop)
+        return (side != 0) & (weights > 0)[:, None] & (side * (torch.sigmoid(drive + overlap @ pushed) - 0.5) < stop)
 
     for _ in range(rounds):
         push = step * short()

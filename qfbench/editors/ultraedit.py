@@ -44,7 +44,7 @@ class Moments:
     def normalized(self, features: Float[Tensor, "taught z"]) -> Float[Tensor, "taught z"]:
         """Distances from the mean in sample deviations; 0 where there is but one token."""
         deviation = (self.squares / max(1, self.tokens - 1)).sqrt()
-        return (features - self.mean) / (deviation + EPSILON)
+        return (features - self.mean.to(features)) / (deviation + EPSILON).to(features)
 
 
 def wanted(
@@ -156,7 +156,10 @@ class UltraEdit(Recorder):
         """The change of one edit, after its features are added to the statistics, which are by the shape of the matrix."""
         pairs = [tuple(map(torch.cat, zip(*own, strict=True))) for own in zip(*parts, strict=True)]
         for keys, gradients in pairs:
-            shape, new = (keys.shape[1], gradients.shape[1]), Moments.of(torch.cat([keys, gradients], 1))
+            shape, new = (
+                (keys.shape[1], gradients.shape[1]),
+                Moments.of(torch.cat([keys, gradients], 1).cpu()),
+            )  # matrices of one shape may be on several devices
             so_far[shape] = so_far[shape] + new if shape in so_far else new
         changes = {}
         for site, (keys, gradients) in zip(self.sites, pairs, strict=True):

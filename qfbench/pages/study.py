@@ -16,6 +16,7 @@ from qfbench.analysis import comparisons
 from qfbench.analysis.catalogue import drawn
 from qfbench.analysis.measures import at_steps, balance, balance_at_the_end, by_kind
 from qfbench.analysis.tables import HIDDEN, show
+from qfbench.errors import UserError
 from qfbench.pages import results
 
 
@@ -103,6 +104,10 @@ def rivals(rows: pd.DataFrame, steps: Sequence[int] = (10, 48, 96), refuses: boo
     answer (`not_leaked`).
     """
     table = results.pooled(rows, lambda own: at_steps(own, steps, fresh=True))
+    if missing := [name for name in ("retention", "paraphrase", "prior", "refused", "leakage") if name not in table]:
+        raise UserError(
+            f"these runs did not measure {', '.join(missing)}: give facts.paraphrases, facts.prior, facts.unknown"
+        )
     table = table.assign(
         edits=table.get("edits_done", table.edits),  # where runs differ in the edits that they were set to do
         not_leaked=1 - table.leakage,
@@ -110,6 +115,10 @@ def rivals(rows: pd.DataFrame, steps: Sequence[int] = (10, 48, 96), refuses: boo
         not_leaked_high=1 - table.leakage_low,
     )
     measures = ("retention", "paraphrase", "prior", "refused" if refuses else "not_leaked")
+    if (twice := table.duplicated(["edits", "model", "editor", "regime"])).any():
+        raise UserError(
+            f"several runs have the editor {table.editor[twice].iloc[0]}: give one of each, or they are mixed up"
+        )
     table["balance"] = [balance(*line) for line in table[list(measures)].to_numpy()]
     shown = [
         f"{name}{end}" for name in (*measures, "leakage") for end in ("", "_low", "_high", "_n") if name + end in table

@@ -211,17 +211,18 @@ def train(
             for step in range(max(0, done - first), conversion.steps):
                 block.alpha, opt.param_groups[0]["lr"] = conversion.alpha(step), conversion.rate(step)
                 loss = text_loss(lm, *batch(lm, texts(first + step), conversion.loss))
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"layer {layer}: the loss became {loss.item()} at step {step}")
-                if keep and conversion.distill:
+                about = {"lr": conversion.rate(step), "step": first + step, "layer": layer}
+                total = loss
+                if keep:
                     apart = divergence(run.lm, lm, *batch(lm, keep(first + step), "text"))
-                    loss = loss + conversion.distill * apart
-                loss.backward()
+                    total, about["divergence"] = loss + conversion.distill * apart, apart.item()
+                if not torch.isfinite(total):
+                    raise FloatingPointError(f"layer {layer}: the loss became {total.item()} at step {step}")
+                total.backward()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 opt.step()
                 opt.zero_grad(set_to_none=True)
                 state = f"layer {layer}: α {block.alpha:.2f}, loss {loss.item():.3f}"
-                about = {"lr": conversion.rate(step), "step": first + step, "layer": layer}
                 run.log({"alpha": block.alpha, "loss": loss.item()} | about)
                 if (step + 1) % every == 0 or step + 1 == conversion.steps:
                     run.store.flush()

@@ -26,12 +26,15 @@ def down_proj(
     ours; the QF2 preprint begins with the stock weights. Memory does not depend on how many dialogues there are.
     """
     site = Site(layer, "up_proj")
-    gram = cross = torch.zeros((), dtype=torch.float64)
+    home = site.home(firing.model)
+    gram = cross = torch.zeros((), dtype=torch.float64, device=home)
     for dialogues in batches:
-        wanted = torch.cat([read.output for read in record(base, dialogues, site)]).double()
-        fired = torch.cat([read.key for read in record(firing, dialogues, site)]).double()
+        wanted = torch.cat([read.output for read in record(base, dialogues, site)]).to(home, torch.float64)
+        fired = torch.cat([read.key for read in record(firing, dialogues, site)]).to(home, torch.float64)
         weight = 1 / wanted.norm(dim=1, keepdim=True)
-        gram = gram.to(fired.device) + (fired * weight).T @ (fired * weight)
-        cross = cross.to(fired.device) + (fired * weight).T @ (wanted * weight)
+        if not (torch.isfinite(weight).all() and torch.isfinite(fired).all()):
+            raise FloatingPointError(f"layer {layer}: an output is 0, or not finite")
+        gram = gram + (fired * weight).T @ (fired * weight)
+        cross = cross + (fired * weight).T @ (wanted * weight)
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, cross).T.to(firing.dtype)
+    return torch.linalg.solve(gram, cross).T.to(firing.device, firing.dtype)
