@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qfbench.analysis.comparisons import pareto
+from qfbench import UserError
+from qfbench.analysis.comparisons import curves, pareto
 from qfbench.analysis.measures import balance, summary
 from qfbench.pages import results
 from qfbench.pages.study import rivals
@@ -59,3 +60,23 @@ def test_the_best_editor_stands_first_and_what_it_is_judged_by_stands_beside_it(
         assert line["balance"] == pytest.approx(
             balance(*(line[n] for n in ("retention", "paraphrase", "prior", "not_leaked")))
         )
+
+
+def test_two_runs_of_one_editor_are_not_mixed_up():
+    rows = results.retention(RUNS, RUNS.parent / "by_hand")
+    with pytest.raises(UserError, match="several runs have the editor .*: give one of each"):
+        rivals(rows, (48,))
+
+
+def test_what_was_not_asked_is_named():
+    rows = results.retention(RUNS)
+    without = rows[rows.kind != "paraphrase"]
+    without.attrs = rows.attrs
+    with pytest.raises(UserError, match="did not measure paraphrase: give facts.paraphrases"):
+        rivals(without, (48,))
+
+
+def test_three_measures_of_one_model_leave_a_place_empty():
+    table = rivals(results.retention(RUNS), (10, 48)).tables["rivals"]
+    panels = curves(table, "edits", ["retention", "prior", "refused"]).axes
+    assert [axes.get_visible() for axes in panels] == [True, True, True, False]

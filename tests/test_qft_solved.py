@@ -103,6 +103,17 @@ def test_what_is_kept_is_learnt_beside_the_texts(deep, tmp_path):
         text_loss(lm, *batch(lm, [REFUSED], "answer")).item(), 1e-5
     )
     assert ends[30.0] < 0.5 * ends[0.0]
+    apart = run.rows("convert").divergence
+    assert apart.iloc[0] == pytest.approx(0, abs=1e-6)
+    assert apart.max() > 1e-3
+
+
+def test_a_token_whose_output_is_0_is_no_measure_of_nearness(deep):
+    base, lm = deep(), firing(deep())
+    for p in base.model.parameters():
+        p.data = torch.zeros_like(p)
+    with pytest.raises(FloatingPointError, match="layer 2: an output is 0"):
+        down_proj(base, lm, LAYER, [[rendered(base, text) for text in TEXTS]])
 
 
 def test_killed_it_goes_on_with_the_same_block(deep, tmp_path):

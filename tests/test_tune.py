@@ -85,6 +85,17 @@ def test_a_trial_is_worth_what_stays_of_taught_and_of_prior_knowledge(tmp_path, 
     assert worth(tmp_path / "d", says=every) == 0.0  # nothing is kept
 
 
+def test_a_trial_may_be_judged_by_other_kinds_and_by_none_that_is_not_asked(tmp_path, quick):  # noqa: F811
+    rows = notebook.taught(tmp_path)[1]
+    shares = [rows[rows.checkpoint.astype(bool) & (rows.kind == kind)] for kind in ("edit", "prior", "unknown")]
+    assert all(map(len, shares))
+    both, three = balance_at_the_end(rows), balance_at_the_end(rows, ("edit", "prior", "unknown"))
+    assert 0 < three <= 1
+    assert both != three or both == 1
+    with pytest.raises(UserError, match="objective.over=.*nothing of the kind refused is asked"):
+        balance_at_the_end(rows, ("edit", "refused"))
+
+
 def value_of(cfg, folder, monkeypatch):
     """What one job of a multirun returns."""
     job = SimpleNamespace(
