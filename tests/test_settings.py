@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from test_contract import composed
 
 from qfbench import UserError
+from qfbench.commands.run import with_own_settings
 from qfbench.commands.settings import CONF, build, check, check_model, conforms, name_of
 from qfbench.editors import Editor
 
@@ -113,6 +114,22 @@ def test_a_path_alone_takes_the_settings_of_no_other_model(tmp_path):
     assert composed("model=own", f"model.path={path}", "editor.layer=1").editor.layer == 1
     with pytest.raises(UserError, match=r"^model.path=/none: its configuration cannot be read|^/none: no such model"):
         check(composed("model=own", "model.path=/none"))
+
+
+def test_a_conversion_is_asked_as_its_base_is(tmp_path):
+    """Otherwise a model is told things otherwise than it was trained to be, and nobody sees it."""
+    path = f"model.path={tmp_path}"
+    recipe = tmp_path / "recipe.json"
+    assert with_own_settings([path]) == ["model=own", path]
+    recipe.write_text('{"base": "smollm2-135m-instruct", "layers": [22]}')
+    assert with_own_settings([path]) == ["model=smollm2-135m-instruct", "model.layer=22", path]
+    assert with_own_settings([path, "model.layer=3"]) == ["model=smollm2-135m-instruct", path, "model.layer=3"]
+    assert with_own_settings([path, "model=own"]) == [path, "model=own"]
+    cfg = composed(*with_own_settings([path]))
+    assert (cfg.model.told, cfg.model.layer, cfg.editor.layer) == ("context", 22, 22)
+    for other in ('{"base": "/a/folder", "layers": [2]}', '{"base": "world-s"}', "[1]", "no JSON"):
+        recipe.write_text(other)
+        assert with_own_settings([path]) == ["model=own", path]
 
 
 def test_the_name_of_a_model_is_a_name_of_a_folder(tmp_path):

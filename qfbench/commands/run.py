@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -155,9 +156,20 @@ def _code(stop: KeyboardInterrupt) -> int:
 
 
 def with_own_settings(arguments: list[str]) -> list[str]:
-    """A command line on which a path alone says which model: then none of the settings of another model is meant."""
-    path = any(one.startswith("model.path=") for one in arguments)
-    return ["model=own"] * (path and not any(one.startswith("model=") for one in arguments)) + arguments
+    """A command line on which a path alone says which model: then none of the settings of another model is meant, but a
+    conversion is asked as its base is, whose settings suit it."""
+    paths = [one.partition("=")[2].strip("'\"") for one in arguments if one.startswith("model.path=")]
+    if not paths or any(one.startswith("model=") for one in arguments):
+        return arguments
+    try:
+        made = json.loads((Path(paths[-1]).expanduser() / "recipe.json").read_text(encoding="utf-8"))
+        base, layer = str(made["base"]), int(made["layers"][0])
+    except (OSError, ValueError, KeyError, TypeError):  # no conversion
+        return ["model=own", *arguments]
+    if not (CONF / "model" / f"{base}.yaml").is_file():
+        return ["model=own", *arguments]
+    given = any(one.startswith("model.layer=") for one in arguments)
+    return [f"model={base}", *([] if given else [f"model.layer={layer}"]), *arguments]
 
 
 def main() -> None:
