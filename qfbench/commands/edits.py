@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pandas as pd
 import torch
@@ -179,8 +180,12 @@ def page(args: argparse.Namespace, out: Console) -> None:
         edits.save(args.folder)
     with Server(Talk(args.folder, lm, edits, prior_questions(lm.name, args.prior)), args.port) as server:
         say(out, f"{args.folder}: {len(edits.facts)} facts by {name_of(edits)}, on {server.url} (Ctrl-C ends it)")
+        # Not in this thread: Ctrl-C may get lost where it serves, in what Python cleans up meanwhile.
+        serving = Thread(target=server.serve_forever, daemon=True)
+        serving.start()
         with suppress(KeyboardInterrupt):
-            server.serve_forever()
+            serving.join()
+        server.shutdown()
 
 
 def to_peft(args: argparse.Namespace, out: Console) -> None:
