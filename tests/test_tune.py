@@ -86,12 +86,12 @@ def test_a_trial_is_worth_what_stays_of_taught_and_of_prior_knowledge(tmp_path, 
 
 
 def test_a_trial_may_be_judged_by_other_kinds_and_by_none_that_is_not_asked(tmp_path, quick):  # noqa: F811
-    rows = notebook.taught(tmp_path)[1]
-    shares = [rows[rows.checkpoint.astype(bool) & (rows.kind == kind)] for kind in ("edit", "prior", "unknown")]
-    assert all(map(len, shares))
-    both, three = balance_at_the_end(rows), balance_at_the_end(rows, ("edit", "prior", "unknown"))
-    assert 0 < three <= 1
-    assert both != three or both == 1
+    town = {"Where is Town0?": ("North.", "South.")}  # one of three is wrong once anything is taught
+    rows = notebook.taught(tmp_path, says=town)[1]
+    assert balance_at_the_end(rows, ("edit", "prior")) == balance_at_the_end(rows) == pytest.approx(0.8)
+    assert balance_at_the_end(rows, ("prior",)) == pytest.approx(2 / 3)
+    assert balance_at_the_end(rows, ("prior", "edit", "edit")) == pytest.approx(0.8)  # a kind counts once
+    assert balance_at_the_end(rows, ("unknown", "prior")) == pytest.approx(0.8)
     with pytest.raises(UserError, match="objective.over=.*nothing of the kind refused is asked"):
         balance_at_the_end(rows, ("edit", "refused"))
 
