@@ -7,8 +7,9 @@ from test_rome import QUICK, close, drawn, known  # noqa: F401 (a fixture)
 from qfbench import UserError
 from qfbench.editors import MEMIT, AlphaEdit
 from qfbench.editors.locate import looked_up, moments_of
+from qfbench.editors.recursive import least
 from qfbench.editors.regimes import sequential
-from qfbench.editors.stream import least, staying
+from qfbench.editors.stays import staying
 from qfbench.models.activations import record_many
 from qfbench.models.sites import Site
 

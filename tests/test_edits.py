@@ -13,8 +13,8 @@ from qfbench import Edits, Fact, LanguageModel, UserError
 from qfbench.commands.settings import CONF
 from qfbench.editors import MEMIT, QF, ROME, AlphaEdit, FineTune, QFStream, Replay
 from qfbench.editors.edits import FILE
+from qfbench.editors.recursive import Stream
 from qfbench.editors.regimes import sequential
-from qfbench.editors.stream import Stream
 from qfbench.models.delta import WeightDelta
 from qfbench.models.firing import with_firing_layers
 

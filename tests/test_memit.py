@@ -9,8 +9,8 @@ from test_rome import QUICK, close, drawn, known, moment  # noqa: F401 (a fixtur
 from qfbench import UserError
 from qfbench.editors import MEMIT, ROME
 from qfbench.editors.locate import looked_up
+from qfbench.editors.recursive import Stream, least
 from qfbench.editors.regimes import sequential
-from qfbench.editors.stream import Stream, least
 from qfbench.models.sites import Site
 
 F, D = 12, 5

@@ -5,7 +5,7 @@ import pytest
 from qfbench import UserError
 from qfbench.editors import FineTune, Replay
 from qfbench.editors.regimes import sequential
-from qfbench.editors.stream import staying
+from qfbench.editors.stays import staying
 
 HOW = {"layer": 1, "lr": 0.03, "steps": 30, "stop_at": 0.05}
 

@@ -10,8 +10,9 @@ from conftest import GEOMETRY
 from qfbench import Fact, Unsupported, UserError
 from qfbench.editors import MEMIT, ROME, AlphaEdit
 from qfbench.editors.locate import looked_up, moments_of
+from qfbench.editors.recursive import least
 from qfbench.editors.regimes import joint, sequential, single
-from qfbench.editors.stream import least, staying
+from qfbench.editors.stays import staying
 from qfbench.models.activations import record_many
 from qfbench.models.firing import with_firing_layers
 from qfbench.models.sites import Site

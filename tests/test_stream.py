@@ -10,8 +10,9 @@ from conftest import GEOMETRY
 from qfbench import Fact, Unsupported, UserError
 from qfbench.editors import QF, QFStream
 from qfbench.editors.qf import solve
+from qfbench.editors.recursive import Stream
 from qfbench.editors.regimes import joint, sequential, single
-from qfbench.editors.stream import Stream, staying
+from qfbench.editors.stays import staying
 from qfbench.editors.teach import lesson
 from qfbench.models.activations import record
 from qfbench.models.sites import Site

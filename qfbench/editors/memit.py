@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.locate import Scene, Spread
-from qfbench.editors.stream import Stream
+from qfbench.editors.recursive import Stream
 from qfbench.editors.value import Asked, Value
 from qfbench.models.delta import WeightDelta
 from qfbench.models.lm import LanguageModel

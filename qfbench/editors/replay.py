@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar
 
 from qfbench.editors.finetune import FineTune
-from qfbench.editors.stream import staying
+from qfbench.editors.stays import staying
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.delta import WeightDelta

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.locate import Located, Scene, looked_up
-from qfbench.editors.stream import Stream, least
+from qfbench.editors.recursive import Stream, least
 from qfbench.editors.value import Asked, Value
 from qfbench.models.delta import WeightDelta
 from qfbench.models.lm import LanguageModel

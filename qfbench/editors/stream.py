@@ -7,7 +7,7 @@ change of the layer's output (told minus alone), C the second moment of keys who
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
@@ -18,68 +18,37 @@ from torch import Tensor
 
 from qfbench.editors.base import TOGETHER, Editor, check_layers
 from qfbench.editors.qf import check_block, check_finite
+from qfbench.editors.recursive import Stream
+from qfbench.editors.stays import Passage, decoys, pieces, replied, said_of, staying, unchanged
 from qfbench.editors.teach import SAMPLE, Lesson, lesson
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.activations import climb, record_many
 from qfbench.models.delta import LowRank, WeightDelta
-from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel, Score
 from qfbench.models.sites import Site
 
-
-def least(
-    inverse: Float[Tensor, "f f"],
-    keys: Float[Tensor, "taught f"],
-    wanted: Float[Tensor, "taught d"],
-    weights: Float[Tensor, " taught"],
-) -> tuple[LowRank, Float[Tensor, "taught f"]]:
-    """ΔW of min Σ s ‖ΔW k − r‖² + tr(ΔW M ΔWᵀ), M given by its inverse P; and (S⁻¹ + K P Kᵀ)⁻¹ K P, of which the new inverse is made.
-
-    Where M is singular, P may be a pseudo-inverse: ΔW is then 0 off its range. A weight s of infinity asks for ΔW k = r exactly.
-    """
-    reach = keys @ inverse
-    gain = torch.linalg.solve(torch.diag(1 / weights) + reach @ keys.T, torch.cat([wanted, reach], 1))
-    missed, back = gain.split([wanted.shape[1], keys.shape[1]], 1)
-    return LowRank(missed.T, reach), back
-
-
-@dataclass
-class Stream:
-    """One matrix: the change W of all that was taught, and the inverse P of what its keys, and those that are to stay, span."""
-
-    inverse: Float[Tensor, "f f"]
-    change: Float[Tensor, "d f"]
-
-    @classmethod
-    def begin(cls, stay: Float[Tensor, "f f"], d: int, penalty: float, floor: float) -> Stream:
-        """Nothing taught. `stay` is C; `floor` is β as a share of C's mean eigenvalue (of 1, where C is 0)."""
-        f = stay.shape[0]
-        mean = stay.diagonal().mean().item() or 1.0
-        cost = penalty * (stay + floor * mean * torch.eye(f, dtype=stay.dtype, device=stay.device))
-        return cls(torch.cholesky_inverse(torch.linalg.cholesky(cost)), stay.new_zeros(d, f))
-
-    def like(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.change.device, self.change.dtype)
-
-    def teach(
-        self, keys: Float[Tensor, "taught f"], wanted: Float[Tensor, "taught d"], weights: Float[Tensor, " taught"]
-    ) -> LowRank:
-        """Take in one fact's tokens; a weight below 0 takes them out again. Returns the step of `change`."""
-        step, back = least(self.inverse, keys, wanted - keys @ self.change.T, weights)
-        self.change = self.change + step.dense()
-        assert step.right is not None
-        inverse = self.inverse - step.right.T @ back
-        self.inverse = (inverse + inverse.T) / 2
-        return step
+GROWN = 1.2  # times as many facts, before all are solved anew
 
 
 @dataclass(frozen=True)
 class Taught:
-    """One fact: where it is taught, and what each layer gives there when told."""
+    """One fact: what is taught of it, and what is to stay because of it."""
 
-    pair: Lesson
-    told: list[Float[Tensor, "taught d"]]
+    own: Passage
+    stays: list[Passage]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a sequence begins with: what is to stay whatever is taught, and the states of dialogues that enter the lowest layer."""
+
+    kept: list[Passage]
+    entering: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(passage.at) for passage in self.kept) or 1
 
 
 @dataclass(frozen=True)
@@ -101,8 +70,13 @@ class QFStream(Editor):
         opener, closer, query: significance of tokens around the answer (`teach.lesson`).
         surprise: answer tokens that the unedited model gives less nats than this, alone, are not taught.
         strength: what is wanted is multiplied by this.
-        refresh: with several layers, solve all facts so far anew after so many, with the keys that the changed layers below now
-            give; 0: never. It costs a pass over all facts so far and all that is kept.
+        untaught: whether the tokens of a taught answer that are not taught are to stay as they are.
+        decoys: what the unedited model replies to a fact's query is to stay, for so many made-up subjects that are named nearly as its own
+            (`stays.decoys`; the other parts of their names are from `keep`).
+        refresh: solve all facts so far anew after so many more, and a fifth more; 0: never. With the keys that the changed layers below
+            now give, and the weights that `boost` has made. It costs `passes` over all facts so far and all that is kept.
+        boost: at each of these passes, a token that the changed model gives more nats than it should (told, 0; to stay, those before)
+            weighs so many times more per nat, up to one nat; 1: never (after AdaBoost, Freund and Schapire 1997).
     """
 
     layer: int
@@ -115,11 +89,15 @@ class QFStream(Editor):
     query: float = 0.0
     surprise: float = 0.0
     strength: float = 1.0
+    untaught: bool = False
+    decoys: int = 0
     refresh: int = 0
+    passes: int = 1
+    boost: float = 1.0
 
-    above_zero = ("penalty", "floor", "strength")
+    above_zero = ("penalty", "floor", "strength", "passes", "boost")
     sees_all: ClassVar[bool] = True  # what is kept is asked without what the facts ask
-    not_negative = ("opener", "closer", "query", "surprise", "refresh")
+    not_negative = ("opener", "closer", "query", "surprise", "decoys", "refresh")
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -144,54 +122,75 @@ class QFStream(Editor):
 
     def _taught(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[tuple[WeightDelta, WeightDelta]]:
         """For each fact its step, and the change so far. `lm` must be unedited whenever the next is asked for."""
-        kept, so_far = staying(lm, self.keep, facts), list[Taught]()
-        streams = self._anew(lm, kept, so_far)
+        heed = self.boost != 1
+        ground = Ground(unchanged(lm, staying(lm, self.keep, facts), heed))
+        so_far: list[Taught] = []
+        streams = self._anew(lm, ground, so_far)
         names = [site.weight_name(lm.model) for site in self.sites]
-        refresh = self.refresh if len(names) > 1 else 0
+        refresh = self.refresh if len(names) > 1 or heed else 0
+        fresh = 0  # facts when all was last solved anew
         for n, taught in enumerate(self._told(lm, facts), start=1):
             if refresh:
                 so_far.append(taught)
-            if refresh and n % refresh == 0:
-                before, streams = streams, self._anew(lm, kept, so_far)
+            if refresh and n >= max(fresh + refresh, fresh * GROWN):
+                fresh, before = n, streams
+                for _ in range(self.passes):
+                    streams = self._anew(lm, ground, so_far)
                 steps = [LowRank(now.change - was.change) for now, was in zip(streams, before, strict=True)]
             else:
-                steps = self._take_in(lm, streams, taught)
-            notes = {"tokens": float(len(taught.pair.weights))}
+                steps = self._take_in(lm, ground, streams, taught)
+            notes = {"tokens": float(len(taught.own.weights))}
             total = {name: LowRank(stream.change) for name, stream in zip(names, streams, strict=True)}
             yield WeightDelta(dict(zip(names, steps, strict=True)), notes), WeightDelta(total, notes)
 
-    def _take_in(self, lm: LanguageModel, streams: Sequence[Stream], taught: Taught) -> list[LowRank]:
+    def _take_in(self, lm: LanguageModel, ground: Ground, streams: Sequence[Stream], taught: Taught) -> list[LowRank]:
         """Teach one more fact, each layer what is missing after the ones below. Returns the steps."""
         steps = []
+        passages = [taught.own, *taught.stays]
+        taken = len(taught.own.at)
 
         def change(i: int, keys: Tensor, residual: Tensor) -> Tensor:
-            given = streams[i].like(torch.tensor(taught.pair.weights))
-            steps.append(streams[i].teach(*self._missing(lm, i, keys, residual, taught.told[i]), given))
+            own, wanted = self._missing(lm, i, keys[:taken], residual[:taken], taught.own.told[i])
+            stay = streams[i].like(keys[taken:])
+            weights = torch.cat([taught.own.weights, torch.full((len(stay),), self.penalty / ground.tokens)])
+            rows = torch.cat([own, stay]), torch.cat([wanted, wanted.new_zeros(len(stay), wanted.shape[1])])
+            steps.append(streams[i].teach(*rows, streams[i].like(weights)))
             return streams[i].change
 
-        climb(lm, [taught.pair.alone], self.sites, [taught.pair.alone_at], change)
+        at = [passage.at for passage in passages]
+        climb(lm, [passage.dialogue for passage in passages], self.sites, at, change, ground.entering)
         return steps
 
-    def _anew(self, lm: LanguageModel, kept: Sequence[Rendering], so_far: Sequence[Taught]) -> list[Stream]:
-        """Each layer solved for all facts so far, with the keys, of facts and of what is to stay, that the layers below now give."""
-        at = [range(dialogue.answer - 1, dialogue.closer) for dialogue in kept]
-        n = sum(map(len, at))
+    def _anew(self, lm: LanguageModel, ground: Ground, so_far: Sequence[Taught]) -> list[Stream]:
+        """Each layer solved for all facts so far, with the keys, of facts and of what is to stay, that the layers below now give. What
+        breaks in this will weigh more in the next."""
+        stays = [*ground.kept, *(passage for taught in so_far for passage in taught.stays)]
+        owns = [taught.own for taught in so_far]
+        n, kept = (sum(len(passage.at) for passage in some) for some in (stays, ground.kept))
         streams: list[Stream] = []
-        weights = torch.tensor([weight for taught in so_far for weight in taught.pair.weights], dtype=torch.float64)
 
         def change(i: int, keys: Tensor, residual: Tensor) -> Tensor:
-            site = self.sites[i]
-            stay = keys[:n].to(site.home(lm.model), torch.float64)
-            moment = stay.T @ stay / max(n, 1)
-            streams.append(Stream.begin(moment, residual.shape[1], self.penalty, self.floor))
-            if so_far:
-                told = torch.cat([taught.told[i] for taught in so_far])
+            stay = keys[:n].to(self.sites[i].home(lm.model), torch.float64)
+            times = torch.cat([passage.times for passage in stays]).to(stay)[:, None] if stays else stay[:, :1]
+            moment, also = (
+                some.T @ (heavy * some) / ground.tokens
+                for some, heavy in zip(stay.split([kept, n - kept]), times.split([kept, n - kept]), strict=True)
+            )
+            streams.append(Stream.begin(moment, residual.shape[1], self.penalty, self.floor, also))
+            if owns:
+                told = torch.cat([passage.told[i] for passage in owns])
+                weights = torch.cat([passage.weights * passage.times for passage in owns])
                 streams[i].teach(*self._missing(lm, i, keys[n:], residual[n:], told), streams[i].like(weights))
             return streams[i].change
 
-        pairs = [taught.pair for taught in so_far]
-        asked = [*kept, *(pair.alone for pair in pairs)] or [lesson(lm, SAMPLE).alone]
-        climb(lm, asked, self.sites, [*at, *(pair.alone_at for pair in pairs)] or [()], change)
+        passages = [*stays, *owns]
+        asked = [passage.dialogue for passage in passages] or [lesson(lm, SAMPLE).alone]
+        at = [passage.at for passage in passages] or [()]
+        heed = self.boost != 1 and bool(owns)
+        nats = climb(lm, asked, self.sites, at, change, ground.entering, rate=heed)
+        if nats is not None:
+            for passage, now in zip(passages, nats.double().cpu().split([len(own) for own in at]), strict=True):
+                passage.broke(now, self.boost)
         return streams
 
     def _missing(
@@ -208,7 +207,9 @@ class QFStream(Editor):
         return key, self.strength * (wanted - given - (0 if site.fires(lm.model) else beside))
 
     def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Taught]:
-        """Each fact's lesson, and what each layer gives when told; recorded `TOGETHER` at a time."""
+        """Each fact's lesson, what each layer gives when told, and what is to stay because of it; recorded `TOGETHER` at a time."""
+        names = [found for fact in self.keep if (found := pieces(lm, fact))] if self.decoys else []
+        taken = said_of(facts)
         for start in range(0, len(facts), TOGETHER):
             own = facts[start : start + TOGETHER]
             pairs = [lesson(lm, fact, self.opener, self.closer, query=self.query) for fact in own]
@@ -219,8 +220,33 @@ class QFStream(Editor):
             for site, there in zip(self.sites, read, strict=True):
                 check_finite(site, own, there)
                 check_block(lm, site, there)
+            stays = self._because_of(lm, own, pairs, names, taken)
             for i, pair in enumerate(pairs):
-                yield Taught(pair, [there[i].output for there in read])
+                weights = torch.tensor(pair.weights, dtype=torch.float64)
+                told = [there[i].output for there in read]
+                yield Taught(Passage(pair.alone, pair.alone_at, weights, torch.zeros_like(weights), told), stays[i])
+
+    def _because_of(
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact],
+        pairs: Sequence[Lesson],
+        names: Sequence[Sequence[str]],
+        taken: Collection[str],
+    ) -> list[list[Passage]]:
+        """What is to stay because of each fact: what its answer says beside what is taught, and the replies to its decoys."""
+        heed = self.boost != 1
+        stays: list[list[Passage]] = [[] for _ in facts]
+        if self.untaught:
+            alone = [pair.alone for pair in pairs]
+            for own, passage in zip(stays, unchanged(lm, alone, heed, [pair.alone_at for pair in pairs]), strict=True):
+                own += [passage] if passage.at else []
+        asked = [[q for q in decoys(lm, fact, names, self.decoys) if q not in taken] for fact in facts]
+        replies = replied(lm, [query for queries in asked for query in queries])
+        passages = dict(zip(replies, unchanged(lm, list(replies.values()), heed), strict=True))
+        for own, queries in zip(stays, asked, strict=True):
+            own += [passages.pop(query) for query in queries if query in passages]
+        return stays
 
     def _surprising(self, fact: Fact, pair: Lesson, score: Score) -> Lesson:
         nats = dict(zip(range(pair.alone.answer - 1, pair.alone.closer), score.nll, strict=True))
@@ -245,15 +271,3 @@ def check_sites(lm: LanguageModel, more_layers: Sequence[int], sites: Sequence[S
     check_layers(lm, more_layers)
     for site, read in zip(sites, record_many(lm, [lesson(lm, SAMPLE).alone], sites), strict=True):
         check_block(lm, site, read)
-
-
-def staying(lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact]) -> list[Rendering]:
-    """What `lm` replies to the queries of `keep`, in all wordings, and to what else they ask; but for what is asked of `facts`, or has an
-    answer that they expect."""
-    taken = {
-        said for fact in facts for probe in (fact.edit, *fact.probes) for said in (probe.query, probe.expected) if said
-    }
-    probes = [probe for fact in keep for probe in (fact.edit, *fact.probes) if not probe.system and not probe.needs]
-    queries = list(dict.fromkeys(probe.query for probe in probes if not taken & {probe.query, probe.expected}))
-    replies = lm.replies([lm.render(query) for query in queries])
-    return [lm.render(query, "", r.text) for query, r in zip(queries, replies, strict=True) if r.text]

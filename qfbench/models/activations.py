@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
 
+from qfbench.models.cut import LOGITS, Cut, divides
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
@@ -116,26 +120,22 @@ def _pass(
     at = torch.tensor([(r, position) for r, own in enumerate(positions) for position in own]).view(-1, 2).long()
     with ExitStack() as open_ones:
         seen = [open_ones.enter_context(reading(lm, site, lambda t: t[at[:, 0], at[:, 1]])) for site in sites]
-        _up_to(lm, sites, ids)
+        open_ones.callback(_stopped(lm, sites).remove)
+        with suppress(_Done):
+            lm.model(input_ids=ids, use_cache=False)
     split = [
         {name: tensor.split([len(own) for own in positions]) for name, (tensor,) in there.items()} for there in seen
     ]
     return [[Activations(**{name: parts[r] for name, parts in own.items()}) for own in split] for r in range(len(rows))]
 
 
-def _up_to(lm: LanguageModel, sites: Sequence[Site], ids: Tensor) -> None:
-    """Run the model on token ids, up to the highest site's layer."""
+def _stopped(lm: LanguageModel, sites: Sequence[Site]) -> RemovableHandle:
+    """A hook that ends a pass, by `_Done`, behind the highest site's layer."""
 
     def stop(*_: object) -> None:
         raise _Done
 
-    handle = max(sites, key=lambda site: site.layer).block(lm.model).register_forward_hook(stop)
-    try:
-        lm.model(input_ids=ids, use_cache=False)
-    except _Done:
-        pass
-    finally:
-        handle.remove()
+    return max(sites, key=lambda site: site.layer).block(lm.model).register_forward_hook(stop)
 
 
 @torch.no_grad()
@@ -145,18 +145,24 @@ def climb(
     sites: Sequence[Site],
     at: Sequence[Sequence[int]],
     change: Callable[[int, Tensor, Tensor], Tensor],
-) -> None:
+    entering: dict[Tokens, Tensor],
+    rate: bool = False,
+) -> Float[Tensor, " tokens"] | None:
     """One pass over all dialogues in which each site is changed on the way, so that the layers above see what comes of it.
 
     Before the matrix of `sites[i]` is used, `change(i, keys [tokens f], residual [tokens d])`, with what enters it and what its output
     is added to at the positions `at` of each dialogue, in order, gives what is added to it ([d f]) for the rest of the pass. No
-    weight is written. The sites must stand from low to high.
+    weight is written. The sites must stand from low to high. To `rate` is to run the layers above them as well: the nats, under the
+    changed model, of the tokens that follow these positions. `entering` keeps the states that enter the lowest site's layer, for
+    passes over the same dialogues; nothing below may change in between.
     """
     lm.check_lengths([dialogue.ids for dialogue in dialogues])
     ids = pad_sequence([torch.tensor(dialogue.ids) for dialogue in dialogues], batch_first=True).to(lm.device)
     places = [(r, place) for r, own in enumerate(at) for place in own]
     rows, columns = torch.tensor(places, dtype=torch.long).view(-1, 2).T
     added: dict[int, Tensor] = {}
+    said: list[Tensor] = []  # what enters the head
+    head = lm.model.get_output_embeddings()
 
     def before(i: int, seen: dict[str, list[Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -168,10 +174,45 @@ def climb(
     def behind(i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda _, args, out: out + args[0] @ added[i].T
 
+    def at_the_head(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        said.append(args[0][rows, columns])
+        raise _Done
+
     with ExitStack() as open_ones:
         for i, site in enumerate(sites):
             seen = open_ones.enter_context(reading(lm, site, lambda t: t[rows, columns]))
             linear = site.linear(lm.model)
             for handle in (linear.register_forward_pre_hook(before(i, seen)), linear.register_forward_hook(behind(i))):
                 open_ones.callback(handle.remove)
-        _up_to(lm, sites, ids)
+        end = head.register_forward_pre_hook(at_the_head) if rate else _stopped(lm, sites)
+        open_ones.callback(end.remove)
+        with suppress(_Done):
+            if divides(lm.model, ids.shape[1]):
+                cut = Cut(lm.model, sites[0].layer)
+                states = _entering(lm, cut, [dialogue.ids for dialogue in dialogues], entering)
+                cut.head(cut.above(states, torch.arange(ids.shape[1], device=lm.device).expand_as(ids), None, None))
+            else:
+                lm.model(input_ids=ids, use_cache=False)
+    return _nats(head, said[0], ids[rows, columns + 1]) if rate else None
+
+
+def _entering(
+    lm: LanguageModel, cut: Cut, rows: Sequence[Tokens], known: dict[Tokens, Tensor]
+) -> Float[Tensor, "rows tokens d"]:
+    """The states that enter the cut, padded at the right; `known` takes those that it lacks."""
+
+    def run(batch: list[Question]) -> list[Tensor]:
+        ids = pad_sequence([torch.tensor(question.prompt) for question in batch], batch_first=True).to(lm.device)
+        states = cut.below(ids, torch.arange(ids.shape[1], device=lm.device).expand_as(ids), None, None)
+        return [state[: len(question.prompt)].clone() for question, state in zip(batch, states, strict=True)]
+
+    missing = [Question(ids, reply=False) for ids in dict.fromkeys(rows) if ids not in known]
+    known |= {question.prompt: state for question, state in in_batches(run, missing, lm.batch_size, TOKENS)}
+    return pad_sequence([known[ids] for ids in rows], batch_first=True)
+
+
+def _nats(head: Any, states: Float[Tensor, "tokens d"], wanted: Tensor) -> Float[Tensor, " tokens"]:
+    """−log p of the wanted token of each state; in float32, at a bounded number of states at once."""
+    size = max(1, LOGITS // (4 * head.weight.shape[0]))
+    pairs = zip(states.split(size), wanted.split(size), strict=True)
+    return torch.cat([functional.cross_entropy(head(part).float(), own, reduction="none") for part, own in pairs])

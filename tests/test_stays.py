@@ -1,0 +1,159 @@
+"""What is to stay: decoys, tokens that are not taught, and what breaks counts for more."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qfbench import LanguageModel
+from qfbench.editors import QFStream
+from qfbench.editors.regimes import sequential
+from qfbench.editors.stays import HEAVIEST, Passage, decoys, pieces, replied, unchanged
+from qfbench.facts.world import world
+from qfbench.models import activations
+from qfbench.models.activations import climb
+from qfbench.models.sites import Site
+
+SITES = [Site(1, "down_proj"), Site(2, "down_proj")]
+
+
+@pytest.fixture
+def named(facts):
+    """Facts whose queries name their subjects."""
+    return [
+        replace(fact, subject=name) for fact, name in zip(facts, ("Oxinnovate", "Zenvora", "Kelpworks"), strict=True)
+    ]
+
+
+def close(a, b, tolerance=1e-8):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+def dense(delta):
+    return [change.dense() for change in delta.changes.values()]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_climb_rates_what_the_changed_model_would_say(tiny, facts, monkeypatch, whole):
+    lm = tiny("qwen2", torch.float64)
+    if whole:
+        monkeypatch.setattr(activations, "divides", lambda *_: False)
+    dialogues = [lm.render(fact.query, "", fact.answer) for fact in facts]
+    at = [range(dialogue.answer - 1, dialogue.closer) for dialogue in dialogues]
+    delta = QFStream(1, (2,), penalty=1.0).edit(lm, facts[:1])
+    changes, entering = dense(delta), {}
+    for _ in range(2):  # the second time over states that were kept
+        nats = climb(lm, dialogues, SITES, at, lambda i, *_: changes[i], entering, rate=True)
+        with delta.applied_to(lm):
+            wanted = [nat for score in lm.score(dialogues) for nat in score.nll]
+        assert nats.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert len(entering) == (0 if whole else len(facts))
+
+
+def test_a_subject_is_cut_where_its_tokens_are(tiny, named):
+    lm = tiny("qwen2")
+    for fact in named:
+        found = pieces(lm, fact)
+        assert "".join(found) == fact.subject
+        assert len(found) > 1
+    assert pieces(lm, replace(named[0], subject="")) == []
+    assert pieces(lm, replace(named[0], subject="Nobody")) == []
+
+
+def test_decoys_ask_the_same_of_subjects_named_nearly_so_and_are_the_same_again(tiny, named):
+    lm = tiny("qwen2")
+    fact, others = named[0], [pieces(lm, other) for other in named[1:]]
+    asked = decoys(lm, fact, others, 20)
+    assert asked == decoys(lm, fact, others, 20)
+    assert decoys(lm, fact, others, 5) == asked[:5]
+    own = pieces(lm, fact)
+    for query in asked:
+        assert query.startswith("Who started ")
+        name = query.removeprefix("Who started ").removesuffix("?")
+        assert name != fact.subject
+        assert name.startswith(own[0]) != name.endswith(own[-1])
+    assert decoys(lm, replace(fact, subject=""), others, 5) == decoys(lm, fact, [], 5) == []
+
+
+def test_a_decoy_that_is_asked_of_a_fact_is_not_kept(tiny, named):
+    lm = tiny("qwen2")
+    editor = QFStream(1, keep=named[1:], decoys=4)
+    (query, *_) = decoys(lm, named[0], [pieces(lm, fact) for fact in named[1:]], 4)
+    asked = (*named[0].probes, replace(named[0].edit, kind="unknown", query=query))
+    there = [
+        {passage.dialogue.prompt for passage in next(editor._told(lm, [fact])).stays}
+        for fact in (named[0], replace(named[0], probes=asked))
+    ]
+    assert there[0] - there[1] == {lm.render(query).prompt}
+
+
+def test_all_of_an_answer_is_taught_or_stays(tiny, facts):
+    lm = tiny("qwen2")
+    nats = lm.score([lm.render(facts[0].query, "", facts[0].answer)])[0].nll
+    editor = QFStream(1, surprise=sorted(nats)[len(nats) // 2], untaught=True)
+    (taught,) = editor._told(lm, facts[:1])
+    (rest,) = taught.stays
+    dialogue = taught.own.dialogue
+    assert rest.dialogue == dialogue
+    assert sorted([*taught.own.at, *rest.at]) == list(range(dialogue.answer - 1, dialogue.closer))
+    assert min(map(len, (taught.own.at, rest.at))) > 0
+
+
+def test_with_decoys_the_order_of_facts_does_not_matter_and_solving_anew_gives_the_same(tiny, named):
+    lm = tiny("llama", torch.float64)
+    *facts, kept = named
+    editor = QFStream(1, keep=[kept], penalty=1.0, untaught=True, decoys=3)
+    forth, back = editor.edit(lm, facts), editor.edit(lm, facts[::-1])
+    assert close(*dense(forth), *dense(back))
+    layers = replace(editor, layer=2, more_layers=(1,))
+    streamed, anew = dense(layers.edit(lm, facts)), dense(replace(layers, refresh=2).edit(lm, facts))
+    assert close(streamed[0], anew[0])  # keys of the lowest layer are what they were
+    assert not close(streamed[1], anew[1])
+
+
+def test_what_stays_because_of_a_fact_is_changed_less(tiny, named):
+    lm = tiny("qwen2", torch.float64)
+    *facts, kept = named
+
+    def moved(decoy):
+        editor = QFStream(1, keep=[kept], penalty=1.0, floor=0.01, untaught=True, decoys=decoy)
+        asked = [query for fact in facts for query in decoys(lm, fact, [pieces(lm, kept)], 6)]
+        dialogues = unchanged(lm, list(replied(lm, asked).values()), False)
+        at = [passage.at for passage in dialogues]
+        keys = activations.record(lm, [passage.dialogue for passage in dialogues], SITES[0], at)
+        (change,) = dense(editor.edit(lm, facts))
+        return (torch.cat([one.key for one in keys]) @ change.T).norm()
+
+    assert moved(6) < 0.7 * moved(0)
+
+
+def test_weights_grow_with_what_broke_and_not_without_end(tiny, facts):
+    passage = Passage(tiny("qwen2").render(facts[0].query), range(4), torch.ones(4), torch.tensor([0.0, 0.5, 0.0, 2.0]))
+    passage.broke(torch.tensor([0.5, 0.5, 9.0, 1.0]), 4.0)
+    assert passage.times.tolist() == [2.0, 1.0, 4.0, 1.0]
+    for _ in range(9):
+        passage.broke(torch.tensor([0.5, 0.5, 9.0, 1.0]), 4.0)
+    assert passage.times.tolist() == [HEAVIEST, 1.0, HEAVIEST, 1.0]
+
+
+def test_what_broke_counts_for_more_until_it_holds():
+    lm = LanguageModel.load("world-xs", device="cpu")
+    facts, keep = world(12, seed=3), world(8, seed=4)
+    worst = []
+    for boost in (1.0, 4.0):
+        editor = QFStream(
+            lm.model.config.num_hidden_layers - 1,
+            keep=keep,
+            penalty=30.0,
+            untaught=True,
+            refresh=len(facts),
+            passes=4,
+            boost=boost,
+        )
+        dialogues = [lm.render(fact.query, "", fact.answer) for fact in facts]
+        *_, (_, delta) = sequential(editor, lm, facts)
+        with delta.applied_to(lm):
+            worst.append([max(score.nll) for score in lm.score(dialogues)])
+    assert all(map(math.isfinite, worst[1]))
+    assert sum(nats > 0.7 for nats in worst[1]) < sum(nats > 0.7 for nats in worst[0])
