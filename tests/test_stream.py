@@ -75,6 +75,15 @@ def test_what_is_taken_out_again_was_never_taught():
     assert close(stream.inverse, never.inverse)
 
 
+def test_what_is_taught_again_weighs_the_sum():
+    (keys, wanted, weights), *others = facts = drawn(0)
+    stream = streamed(facts, moment(1))
+    stream.teach(keys, wanted, 2 * weights)
+    heavy = streamed([(keys, wanted, 3 * weights), *others], moment(1))
+    assert close(stream.change, heavy.change)
+    assert close(stream.inverse, heavy.inverse)
+
+
 def test_without_what_is_to_stay_it_is_qf_with_a_ridge_and_without_a_penalty_qf():
     keys, wanted, weights = (torch.cat(part) for part in zip(*drawn(0, facts=3), strict=True))
     nothing = torch.zeros(F, F, dtype=torch.float64)

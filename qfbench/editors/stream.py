@@ -144,22 +144,28 @@ class QFStream(Editor):
             yield WeightDelta(dict(zip(names, steps, strict=True)), notes), WeightDelta(total, notes)
 
     def _take_in(self, lm: LanguageModel, ground: Ground, streams: Sequence[Stream], taught: Taught) -> list[LowRank]:
-        """Teach one more fact, each layer what is missing after the ones below. Returns the steps."""
-        steps = []
+        """Teach one more fact, each layer what is missing after the ones below; what of it breaks again, with more weight. Returns the
+        steps."""
+        before = [stream.change for stream in streams]
         passages = [taught.own, *taught.stays]
+        at = [passage.at for passage in passages]
         taken = len(taught.own.at)
+        weights = torch.cat([p.weights * (1 if p.told else self.penalty / ground.tokens) for p in passages])
+        given = torch.zeros_like(weights)
 
         def change(i: int, keys: Tensor, residual: Tensor) -> Tensor:
             own, wanted = self._missing(lm, i, keys[:taken], residual[:taken], taught.own.told[i])
             stay = streams[i].like(keys[taken:])
-            weights = torch.cat([taught.own.weights, torch.full((len(stay),), self.penalty / ground.tokens)])
             rows = torch.cat([own, stay]), torch.cat([wanted, wanted.new_zeros(len(stay), wanted.shape[1])])
-            steps.append(streams[i].teach(*rows, streams[i].like(weights)))
+            more = weights * torch.cat([passage.times for passage in passages]) - given
+            streams[i].teach(*(streams[i].like(part[more > 0]) for part in (*rows, more)))
             return streams[i].change
 
-        at = [passage.at for passage in passages]
-        climb(lm, [passage.dialogue for passage in passages], self.sites, at, change, ground.entering)
-        return steps
+        for _ in range(self.passes if self.boost != 1 else 1):
+            nats = climb(lm, [p.dialogue for p in passages], self.sites, at, change, ground.entering, self.boost != 1)
+            given = weights * torch.cat([passage.times for passage in passages])
+            self._heed(passages, nats)
+        return [LowRank(stream.change - was) for stream, was in zip(streams, before, strict=True)]
 
     def _anew(self, lm: LanguageModel, ground: Ground, so_far: Sequence[Taught]) -> list[Stream]:
         """Each layer solved for all facts so far, with the keys, of facts and of what is to stay, that the layers below now give. What
@@ -188,10 +194,14 @@ class QFStream(Editor):
         at = [passage.at for passage in passages] or [()]
         heed = self.boost != 1 and bool(owns)
         nats = climb(lm, asked, self.sites, at, change, ground.entering, rate=heed)
-        if nats is not None:
-            for passage, now in zip(passages, nats.double().cpu().split([len(own) for own in at]), strict=True):
-                passage.broke(now, self.boost)
+        self._heed(passages, nats)
         return streams
+
+    def _heed(self, passages: Sequence[Passage], nats: Float[Tensor, " tokens"] | None) -> None:
+        if nats is not None:
+            sizes = [len(passage.at) for passage in passages]
+            for passage, now in zip(passages, nats.double().cpu().split(sizes), strict=True):
+                passage.broke(now, self.boost)
 
     def _missing(
         self, lm: LanguageModel, i: int, keys: Tensor, residual: Tensor, told: Tensor
