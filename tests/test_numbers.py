@@ -13,7 +13,6 @@ PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "experiments").glob("*/READM
 
 # What no stored result holds, and why.
 KNOWN = {
-    "experiments/rivals/README.md": {("0.13", "0.09")},  # a paired difference: qfbench-results ... --against
     # The searches of the first round had narrower intervals; of three sequences only their best lines were kept.
     "experiments/tuning/README.md": {
         *(("0.73", "0.11"), ("0.01", "0.02"), ("0.89", "0.08"), ("0.97", "0.04"), ("0.03", "0.04"), ("0.49", "0.20")),
@@ -49,7 +48,7 @@ def test_a_mean_is_paired_with_the_farther_end():
 
 def test_what_nothing_measured_is_seen(stored):
     """The control. Common pairs would pass anywhere: this finds slips and what has gone stale, not every false line."""
-    said = set(SAID.findall("0.88 ± 0.16 | 0.49 ± 0.01 | 12.34 ± 0.50 | 0.333 ± 0.20"))
+    said = set(SAID.findall("0.87 ± 0.15 | 0.49 ± 0.01 | 12.34 ± 0.50 | 0.333 ± 0.20"))
     assert said - stored(ROOT / "experiments" / "rivals" / "README.md") == {("0.49", "0.01")}
 
 

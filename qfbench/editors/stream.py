@@ -134,7 +134,7 @@ class QFStream(Editor):
                 so_far.append(taught)
             if refresh and n >= max(fresh + refresh, fresh * GROWN):
                 fresh, before = n, streams
-                for _ in range(self.passes):
+                for _ in range(self.passes if heed else 1):
                     streams = self._anew(lm, ground, so_far)
                 steps = [LowRank(now.change - was.change) for now, was in zip(streams, before, strict=True)]
             else:
