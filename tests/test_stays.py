@@ -137,6 +137,15 @@ def test_weights_grow_with_what_broke_and_not_without_end(tiny, facts):
     assert passage.times.tolist() == [HEAVIEST, 1.0, HEAVIEST, 1.0]
 
 
+def test_what_stands_before_an_answer_cannot_break(tiny, facts):
+    (taught,) = QFStream(1, opener=1.0, query=1.0, boost=4.0)._told(tiny("qwen2"), facts[:1])
+    own = taught.own
+    own.broke(torch.full((len(own.at),), 9.0), 4.0)
+    wanted = [4.0 if at >= own.dialogue.answer - 1 else 1.0 for at in own.at]
+    assert own.times.tolist() == wanted
+    assert set(wanted) == {1.0, 4.0}
+
+
 def test_what_broke_counts_for_more_until_it_holds():
     lm = LanguageModel.load("world-xs", device="cpu")
     facts, keep = world(12, seed=3), world(8, seed=4)

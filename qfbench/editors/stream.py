@@ -7,6 +7,7 @@ change of the layer's output (told minus alone), C the second moment of keys who
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -234,7 +235,9 @@ class QFStream(Editor):
             for i, pair in enumerate(pairs):
                 weights = torch.tensor(pair.weights, dtype=torch.float64)
                 told = [there[i].output for there in read]
-                yield Taught(Passage(pair.alone, pair.alone_at, weights, torch.zeros_like(weights), told), stays[i])
+                # Of the answer's tokens each nat is a fault; what stands before it, the model need not say.
+                nats = torch.tensor([0.0 if at >= pair.alone.answer - 1 else math.inf for at in pair.alone_at])
+                yield Taught(Passage(pair.alone, pair.alone_at, weights, nats, told), stays[i])
 
     def _because_of(
         self,
