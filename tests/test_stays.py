@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qfbench import LanguageModel
+from qfbench import LanguageModel, UserError
 from qfbench.editors import QFStream
 from qfbench.editors.regimes import sequential
 from qfbench.editors.stays import HEAVIEST, Passage, decoys, pieces, replied, unchanged
@@ -135,6 +135,11 @@ def test_weights_grow_with_what_broke_and_not_without_end(tiny, facts):
     for _ in range(9):
         passage.broke(torch.tensor([0.5, 0.5, 9.0, 1.0]), 4.0)
     assert passage.times.tolist() == [HEAVIEST, 1.0, HEAVIEST, 1.0]
+
+
+def test_what_breaks_cannot_weigh_less():
+    with pytest.raises(UserError, match=r"editor.boost=0.5: must be 1 or more"):
+        QFStream(1, boost=0.5)
 
 
 def test_what_stands_before_an_answer_cannot_break(tiny, facts):

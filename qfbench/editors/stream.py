@@ -100,6 +100,11 @@ class QFStream(Editor):
     sees_all: ClassVar[bool] = True  # what is kept is asked without what the facts ask
     not_negative = ("opener", "closer", "query", "surprise", "decoys", "refresh")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.boost < 1:
+            raise UserError(f"editor.boost={self.boost}: must be 1 or more; what breaks would weigh less")
+
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(Site(layer, "down_proj") for layer in sorted({self.layer, *self.more_layers}))
