@@ -9,7 +9,18 @@ import torch
 from qfbench import LanguageModel, UserError
 from qfbench.editors import QFStream
 from qfbench.editors.regimes import sequential
-from qfbench.editors.stays import HEAVIEST, Passage, decoys, pieces, replied, unchanged
+from qfbench.editors.stays import (
+    HEAVIEST,
+    Passage,
+    decoys,
+    pieces,
+    replied,
+    said_of,
+    staying,
+    unchanged,
+    up_to_the_name,
+    wordings,
+)
 from qfbench.facts.world import world
 from qfbench.models import activations
 from qfbench.models.activations import climb
@@ -93,11 +104,11 @@ def test_all_of_an_answer_is_taught_or_stays(tiny, facts):
     nats = lm.score([lm.render(facts[0].query, "", facts[0].answer)])[0].nll
     editor = QFStream(1, surprise=sorted(nats)[len(nats) // 2], untaught=True)
     (taught,) = editor._told(lm, facts[:1])
-    (rest,) = taught.stays
-    dialogue = taught.own.dialogue
+    (own,), (rest,) = taught.own, taught.stays
+    dialogue = own.dialogue
     assert rest.dialogue == dialogue
-    assert sorted([*taught.own.at, *rest.at]) == list(range(dialogue.answer - 1, dialogue.closer))
-    assert min(map(len, (taught.own.at, rest.at))) > 0
+    assert sorted([*own.at, *rest.at]) == list(range(dialogue.answer - 1, dialogue.closer))
+    assert min(map(len, (own.at, rest.at))) > 0
 
 
 def test_with_decoys_the_order_of_facts_does_not_matter_and_solving_anew_gives_the_same(tiny, named):
@@ -144,11 +155,60 @@ def test_what_breaks_cannot_weigh_less():
 
 def test_what_stands_before_an_answer_cannot_break(tiny, facts):
     (taught,) = QFStream(1, opener=1.0, query=1.0, boost=4.0)._told(tiny("qwen2"), facts[:1])
-    own = taught.own
+    (own,) = taught.own
     own.broke(torch.full((len(own.at),), 9.0), 4.0)
     wanted = [4.0 if at >= own.dialogue.answer - 1 else 1.0 for at in own.at]
     assert own.times.tolist() == wanted
     assert set(wanted) == {1.0, 4.0}
+
+
+def test_of_a_reply_is_taught_what_leads_up_to_the_name(facts):
+    fact = replace(facts[0], answer="Qi started it.", known_as=("Qi", "Mr. Qi"), significance=None)
+    for reply in ("It was Mr. Qi, of course, and Qi alone.", "It was Mr. Qi"):
+        assert up_to_the_name(fact, reply) == "It was Mr. Qi"
+    assert up_to_the_name(fact, "It was Mrs. Qiu.") == up_to_the_name(fact, "") == ""
+
+
+def test_a_fact_is_taught_in_the_words_of_the_told_model_and_in_frames_where_it_is_right():
+    lm = LanguageModel.load("world-xs", device="cpu")
+    facts = world(4, seed=3)
+    said = lm.replies([lm.render(fact.query, fact.instruction) for fact in facts])
+    right = [fact.edit.passes(reply.text) for fact, reply in zip(facts, said, strict=True)]
+    assert any(right)
+    frames = ["{} {}", "Who?", facts[0].query]  # asked twice; a question of nothing; what a fact asks itself
+    for fact, reply, good, (own, *framed) in zip(
+        facts, said, right, wordings(lm, facts, frames, True, said_of(facts)), strict=True
+    ):
+        assert own.query == fact.query
+        assert own.answer == (up_to_the_name(fact, reply.text) if good else fact.answer)
+        assert own.edit.passes(own.answer)
+        assert {one.query for one in framed} <= {f"{fact.query} {fact.query}", "Who?"}
+        for one in framed:
+            again = lm.replies([lm.render(one.query, fact.instruction)])[0].text
+            assert again.startswith(one.answer)
+    assert wordings(lm, facts, [], False, set()) == [[fact] for fact in facts]
+    told = wordings(lm, facts, ["{} {}"], False, set())
+    assert all(one.answer == fact.answer for fact, own in zip(facts, told, strict=True) for one in own)
+
+
+def test_a_fact_in_frames_is_taught_in_all_of_them(tiny, facts, monkeypatch):
+    lm = tiny("qwen2", torch.float64)
+    framed = [replace(facts[0], query=f"Say: {facts[0].query}")]
+    monkeypatch.setattr("qfbench.editors.stream.wordings", lambda *_: [[facts[0], *framed]])
+    (both,) = dense(QFStream(1, penalty=1.0).edit(lm, facts[:1]))
+    monkeypatch.undo()
+    (joint,) = dense(QFStream(1, penalty=1.0).edit(lm, [facts[0], *framed]))
+    assert close(both, joint, 1e-6)
+
+
+def test_of_what_is_kept_some_kinds_are_asked(tiny, named):
+    lm = tiny("qwen2")
+    asked = [replace(named[1].edit, kind=kind, query=f"{kind}?", own=True) for kind in ("prior", "unknown")]
+    keep = [replace(named[1], probes=tuple(asked))]
+    assert len(staying(lm, keep, named[:1])) == 3
+    assert [dialogue.prompt for dialogue in staying(lm, keep, named[:1], ["prior"])] == [lm.render("prior?").prompt]
+    with pytest.raises(UserError, match=r"editor.kinds=\['other'\]: no fact of editor.keep .* of kind 'other'"):
+        staying(lm, keep, named[:1], ["other"])
 
 
 def test_what_broke_counts_for_more_until_it_holds():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.facts.matching import places
 from qfbench.models.dialogue import Rendering
@@ -58,11 +59,21 @@ def unchanged(
     ]
 
 
-def staying(lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact]) -> list[Rendering]:
-    """What `lm` replies to the queries of `keep`, in all wordings, and to what else they ask; but for what is asked of `facts`, or has an
-    answer that they expect."""
+def staying(
+    lm: LanguageModel, keep: Sequence[Fact], facts: Sequence[Fact], kinds: Sequence[str] = ()
+) -> list[Rendering]:
+    """What `lm` replies to the queries of `keep`, in all wordings, and to what else they ask, or to some `kinds` of this alone; but for
+    what is asked of `facts`, or has an answer that they expect.
+
+    Raises:
+        UserError: there are facts, and none asks a question of these kinds.
+    """
     taken = said_of(facts)
     probes = [probe for fact in keep for probe in (fact.edit, *fact.probes) if not probe.system and not probe.needs]
+    missing = [kind for kind in kinds if kind not in {probe.kind for probe in probes}]
+    if keep and missing:
+        raise UserError(f"editor.kinds={[*kinds]}: no fact of editor.keep asks a question of kind {missing[0]!r}")
+    probes = [probe for probe in probes if not kinds or probe.kind in kinds]
     return list(replied(lm, [probe.query for probe in probes if not taken & {probe.query, probe.expected}]).values())
 
 
@@ -99,6 +110,39 @@ def decoys(lm: LanguageModel, fact: Fact, names: Sequence[Sequence[str]], n: int
         if name != fact.subject:
             made[fact.query[:start] + name + fact.query[end:]] = None
     return list(made)
+
+
+def wordings(
+    lm: LanguageModel, facts: Sequence[Fact], frames: Sequence[str], retold: bool, taken: Collection[str]
+) -> list[list[Fact]]:
+    """Each fact as it is taught: its query, and this in each frame, but for what is `taken`. `retold`: with what `lm` itself says when
+    told, up to the answer's name. Where that is wrong, a frame is left out, and the query has the fact's own answer."""
+    framed = [[fact, *(replace(fact, query=q) for q in _framed(fact, frames) if q not in taken)] for fact in facts]
+    asked = [lm.render(one.query, one.instruction) for own in framed for one in own]
+    said = iter(lm.replies(asked) if retold or frames else [])
+    out: list[list[Fact]] = []
+    for fact, own in zip(facts, framed, strict=True):
+        out.append([])
+        for one in own:
+            reply = next(said).text if retold or frames else ""
+            name = up_to_the_name(one, reply)
+            if name:
+                out[-1].append(replace(one, answer=name, significance=None) if retold else one)
+            elif one is fact:
+                out[-1].append(one)
+    return out
+
+
+def _framed(fact: Fact, frames: Sequence[str]) -> list[str]:
+    return [frame.replace("{}", fact.query) for frame in frames]
+
+
+def up_to_the_name(fact: Fact, reply: str) -> str:
+    """A reply up to the first name in it that `fact` accepts; empty, where it does not pass."""
+    if not fact.edit.passes(reply):
+        return ""
+    found = [place for name in fact.known_as for place in places(name, reply)]
+    return reply[: min(found)[1]]
 
 
 def pieces(lm: LanguageModel, fact: Fact) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from qfbench.editors.base import TOGETHER, Editor, check_layers
 from qfbench.editors.qf import check_block, check_finite
 from qfbench.editors.recursive import Stream
-from qfbench.editors.stays import Passage, decoys, pieces, replied, said_of, staying, unchanged
-from qfbench.editors.teach import SAMPLE, Lesson, lesson
+from qfbench.editors.stays import Passage, decoys, pieces, replied, said_of, staying, unchanged, wordings
+from qfbench.editors.teach import SAMPLE, Lesson, lesson, surprising
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
 from qfbench.models.activations import climb, record_many
 from qfbench.models.delta import LowRank, WeightDelta
-from qfbench.models.lm import LanguageModel, Score
+from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
 
 GROWN = 1.2  # times as many facts, before all are solved anew
@@ -34,9 +34,9 @@ GROWN = 1.2  # times as many facts, before all are solved anew
 
 @dataclass(frozen=True)
 class Taught:
-    """One fact: what is taught of it, and what is to stay because of it."""
+    """One fact: what is taught of it, in each wording, and what is to stay because of it."""
 
-    own: Passage
+    own: list[Passage]
     stays: list[Passage]
 
 
@@ -66,11 +66,14 @@ class QFStream(Editor):
         keep: facts that are not taught. Their queries in all wordings (subjects unknown to the model), and the questions of common
             knowledge that they carry, are asked of the unedited model; the keys that predict its replies are what is to stay.
             What the taught facts ask, or is answered alike, is left out.
+        kinds: which of these are asked (`edit`: the query), or all where none is named.
         penalty: λ, in taught tokens: how much the mean token that is to stay counts.
         floor: β, as a share of the mean eigenvalue of C.
         opener, closer, query: significance of tokens around the answer (`teach.lesson`).
         surprise: answer tokens that the unedited model gives less nats than this, alone, are not taught.
         strength: what is wanted is multiplied by this.
+        retold: what is taught is what the model says itself when told, up to the answer's name; the fact's own answer, where that is wrong.
+        frames: further wordings in which a fact is taught, `{}` for its query; but for those in which the told model is wrong.
         untaught: whether the tokens of a taught answer that are not taught are to stay as they are.
         decoys: what the unedited model replies to a fact's query is to stay, for so many made-up subjects that are named nearly as its own
             (`stays.decoys`; the other parts of their names are from `keep`).
@@ -83,6 +86,7 @@ class QFStream(Editor):
     layer: int
     more_layers: Sequence[int] = ()
     keep: Sequence[Fact] = field(default=(), repr=False)
+    kinds: Sequence[str] = ()
     penalty: float = 100.0
     floor: float = 0.03
     opener: float = 0.0
@@ -90,6 +94,8 @@ class QFStream(Editor):
     query: float = 0.0
     surprise: float = 0.0
     strength: float = 1.0
+    retold: bool = False
+    frames: Sequence[str] = ()
     untaught: bool = False
     decoys: int = 0
     refresh: int = 0
@@ -129,7 +135,7 @@ class QFStream(Editor):
     def _taught(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[tuple[WeightDelta, WeightDelta]]:
         """For each fact its step, and the change so far. `lm` must be unedited whenever the next is asked for."""
         heed = self.boost != 1
-        ground = Ground(unchanged(lm, staying(lm, self.keep, facts), heed))
+        ground = Ground(unchanged(lm, staying(lm, self.keep, facts, self.kinds), heed))
         so_far: list[Taught] = []
         streams = self._anew(lm, ground, so_far)
         names = [site.weight_name(lm.model) for site in self.sites]
@@ -145,7 +151,7 @@ class QFStream(Editor):
                 steps = [LowRank(now.change - was.change) for now, was in zip(streams, before, strict=True)]
             else:
                 steps = self._take_in(lm, ground, streams, taught)
-            notes = {"tokens": float(len(taught.own.weights))}
+            notes = {"tokens": float(sum(len(own.weights) for own in taught.own))}
             total = {name: LowRank(stream.change) for name, stream in zip(names, streams, strict=True)}
             yield WeightDelta(dict(zip(names, steps, strict=True)), notes), WeightDelta(total, notes)
 
@@ -153,14 +159,15 @@ class QFStream(Editor):
         """Teach one more fact, each layer what is missing after the ones below; what of it breaks again, with more weight. Returns the
         steps."""
         before = [stream.change for stream in streams]
-        passages = [taught.own, *taught.stays]
+        passages = [*taught.own, *taught.stays]
         at = [passage.at for passage in passages]
-        taken = len(taught.own.at)
+        taken = sum(len(own.at) for own in taught.own)
         weights = torch.cat([p.weights * (1 if p.told else self.penalty / ground.tokens) for p in passages])
         given = torch.zeros_like(weights)
 
         def change(i: int, keys: Tensor, residual: Tensor) -> Tensor:
-            own, wanted = self._missing(lm, i, keys[:taken], residual[:taken], taught.own.told[i])
+            told = torch.cat([own.told[i] for own in taught.own])
+            own, wanted = self._missing(lm, i, keys[:taken], residual[:taken], told)
             stay = streams[i].like(keys[taken:])
             rows = torch.cat([own, stay]), torch.cat([wanted, wanted.new_zeros(len(stay), wanted.shape[1])])
             more = weights * torch.cat([passage.times for passage in passages]) - given
@@ -177,7 +184,7 @@ class QFStream(Editor):
         """Each layer solved for all facts so far, with the keys, of facts and of what is to stay, that the layers below now give. What
         breaks in this will weigh more in the next."""
         stays = [*ground.kept, *(passage for taught in so_far for passage in taught.stays)]
-        owns = [taught.own for taught in so_far]
+        owns = [own for taught in so_far for own in taught.own]
         n, kept = (sum(len(passage.at) for passage in some) for some in (stays, ground.kept))
         streams: list[Stream] = []
 
@@ -223,60 +230,63 @@ class QFStream(Editor):
         return key, self.strength * (wanted - given - (0 if site.fires(lm.model) else beside))
 
     def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Taught]:
-        """Each fact's lesson, what each layer gives when told, and what is to stay because of it; recorded `TOGETHER` at a time."""
+        """Each fact's lessons, what each layer gives when told, and what is to stay because of it; recorded `TOGETHER` at a time."""
         names = [found for fact in self.keep if (found := pieces(lm, fact))] if self.decoys else []
         taken = said_of(facts)
         for start in range(0, len(facts), TOGETHER):
             own = facts[start : start + TOGETHER]
-            pairs = [lesson(lm, fact, self.opener, self.closer, query=self.query) for fact in own]
-            if self.surprise:
-                scores = lm.score([pair.alone for pair in pairs])
-                pairs = [self._surprising(*both) for both in zip(own, pairs, scores, strict=True)]
-            read = record_many(lm, [pair.told for pair in pairs], self.sites, [pair.told_at for pair in pairs])
-            for site, there in zip(self.sites, read, strict=True):
-                check_finite(site, own, there)
-                check_block(lm, site, there)
-            stays = self._because_of(lm, own, pairs, names, taken)
-            for i, pair in enumerate(pairs):
-                weights = torch.tensor(pair.weights, dtype=torch.float64)
-                told = [there[i].output for there in read]
-                # Of the answer's tokens each nat is a fault; what stands before it, the model need not say.
-                nats = torch.tensor([0.0 if at >= pair.alone.answer - 1 else math.inf for at in pair.alone_at])
-                yield Taught(Passage(pair.alone, pair.alone_at, weights, nats, told), stays[i])
+            worded = wordings(lm, own, self.frames, self.retold, taken)
+            lessons = iter(self._lessons(lm, [one for said in worded for one in said]))
+            pairs = [[pair for _ in said if (pair := next(lessons))] for said in worded]
+            for fact, of_it in zip(own, pairs, strict=True):
+                if not of_it:
+                    raise UserError(f"fact {fact.id}: editor.surprise={self.surprise} leaves no token to teach")
+            flat = [(fact, pair) for fact, of_it in zip(own, pairs, strict=True) for pair in of_it]
+            passages = iter(self._passages(lm, flat))
+            for of_it, stays in zip(pairs, self._because_of(lm, own, pairs, names, taken), strict=True):
+                yield Taught([next(passages) for _ in of_it], stays)
+
+    def _lessons(self, lm: LanguageModel, facts: Sequence[Fact]) -> list[Lesson | None]:
+        """What is taught of each, or None where nothing of it surprises."""
+        pairs = [lesson(lm, fact, self.opener, self.closer, query=self.query) for fact in facts]
+        if not self.surprise:
+            return list(pairs)
+        scores = lm.score([pair.alone for pair in pairs])
+        return [surprising(pair, score, self.surprise) for pair, score in zip(pairs, scores, strict=True)]
+
+    def _passages(self, lm: LanguageModel, taught: Sequence[tuple[Fact, Lesson]]) -> Iterator[Passage]:
+        """The tokens that are taught, and what each layer gives there when told."""
+        pairs = [pair for _, pair in taught]
+        read = record_many(lm, [pair.told for pair in pairs], self.sites, [pair.told_at for pair in pairs])
+        for site, there in zip(self.sites, read, strict=True):
+            check_finite(site, [fact for fact, _ in taught], there)
+            check_block(lm, site, there)
+        for i, pair in enumerate(pairs):
+            weights = torch.tensor(pair.weights, dtype=torch.float64)
+            # Of the answer's tokens each nat is a fault; what stands before it, the model need not say.
+            nats = torch.tensor([0.0 if at >= pair.alone.answer - 1 else math.inf for at in pair.alone_at])
+            yield Passage(pair.alone, pair.alone_at, weights, nats, [there[i].output for there in read])
 
     def _because_of(
         self,
         lm: LanguageModel,
         facts: Sequence[Fact],
-        pairs: Sequence[Lesson],
+        pairs: Sequence[Sequence[Lesson]],
         names: Sequence[Sequence[str]],
         taken: Collection[str],
     ) -> list[list[Passage]]:
         """What is to stay because of each fact: what its answer says beside what is taught, and the replies to its decoys."""
         heed = self.boost != 1
         stays: list[list[Passage]] = [[] for _ in facts]
-        if self.untaught:
-            alone = [pair.alone for pair in pairs]
-            for own, passage in zip(stays, unchanged(lm, alone, heed, [pair.alone_at for pair in pairs]), strict=True):
-                own += [passage] if passage.at else []
+        for own, of_it in zip(stays, pairs if self.untaught else [], strict=False):
+            alone = [pair.alone for pair in of_it]
+            own += [rest for rest in unchanged(lm, alone, heed, [pair.alone_at for pair in of_it]) if rest.at]
         asked = [[q for q in decoys(lm, fact, names, self.decoys) if q not in taken] for fact in facts]
         replies = replied(lm, [query for queries in asked for query in queries])
         passages = dict(zip(replies, unchanged(lm, list(replies.values()), heed), strict=True))
         for own, queries in zip(stays, asked, strict=True):
             own += [passages.pop(query) for query in queries if query in passages]
         return stays
-
-    def _surprising(self, fact: Fact, pair: Lesson, score: Score) -> Lesson:
-        nats = dict(zip(range(pair.alone.answer - 1, pair.alone.closer), score.nll, strict=True))
-        kept = [i for i, at in enumerate(pair.alone_at) if nats.get(at, self.surprise) >= self.surprise]
-        if not kept:
-            raise UserError(f"fact {fact.id}: editor.surprise={self.surprise} leaves no token to teach")
-        return replace(
-            pair,
-            told_at=tuple(pair.told_at[i] for i in kept),
-            alone_at=tuple(pair.alone_at[i] for i in kept),
-            weights=tuple(pair.weights[i] for i in kept),
-        )
 
 
 def check_sites(lm: LanguageModel, more_layers: Sequence[int], sites: Sequence[Site]) -> None:

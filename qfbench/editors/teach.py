@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unicodedata import category
 
 from qfbench.errors import UserError
@@ -11,7 +11,7 @@ from qfbench.facts.base import Fact
 from qfbench.facts.matching import places
 from qfbench.models.activations import Activations, record
 from qfbench.models.dialogue import Rendering
-from qfbench.models.lm import LanguageModel
+from qfbench.models.lm import LanguageModel, Score
 from qfbench.models.sites import Site
 
 SAMPLE = Fact(
@@ -91,6 +91,16 @@ def lesson(
         (*(at for _, at in same), *(alone.opener + t - 1 for t in taught)),
         (*[query] * len(same), *(weights[t] for t in taught)),
     )
+
+
+def surprising(pair: Lesson, alone: Score, nats: float) -> Lesson | None:
+    """What is left of a lesson without the answer's tokens that the model gives less than so many `nats` alone; None, if nothing."""
+    given = dict(zip(range(pair.alone.answer - 1, pair.alone.closer), alone.nll, strict=True))
+    kept = [i for i, at in enumerate(pair.alone_at) if given.get(at, nats) >= nats]
+    if not kept:
+        return None
+    told_at, alone_at = (tuple(at[i] for i in kept) for at in (pair.told_at, pair.alone_at))
+    return replace(pair, told_at=told_at, alone_at=alone_at, weights=tuple(pair.weights[i] for i in kept))
 
 
 def record_pairs(
