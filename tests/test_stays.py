@@ -187,6 +187,10 @@ def test_a_fact_is_taught_in_the_words_of_the_told_model_and_in_frames_where_it_
             again = lm.replies([lm.render(one.query, fact.instruction)])[0].text
             assert again.startswith(one.answer)
     assert wordings(lm, facts, [], False, set()) == [[fact] for fact in facts]
+    nameless = [replace(fact, subject="") for fact in facts]
+    assert wordings(lm, nameless, ["{} And {subject}?"], False, set()) == [[fact] for fact in nameless]
+    named = wordings(lm, facts, ["{} {subject}"], False, set())
+    assert {one.query for _, *own in named for one in own} <= {f"{fact.query} {fact.subject}" for fact in facts}
     told = wordings(lm, facts, ["{} {}"], False, set())
     assert all(one.answer == fact.answer for fact, own in zip(facts, told, strict=True) for one in own)
 

@@ -115,7 +115,7 @@ def decoys(lm: LanguageModel, fact: Fact, names: Sequence[Sequence[str]], n: int
 def wordings(
     lm: LanguageModel, facts: Sequence[Fact], frames: Sequence[str], retold: bool, taken: Collection[str]
 ) -> list[list[Fact]]:
-    """Each fact as it is taught: its query, and this in each frame, but for what is `taken`. `retold`: with what `lm` itself says when
+    """Each fact as it is taught: its query, and each frame, with `{}` for the query and `{subject}`, but for what is `taken`. `retold`: with what `lm` itself says when
     told, up to the answer's name. Where that is wrong, a frame is left out, and the query has the fact's own answer."""
     framed = [[fact, *(replace(fact, query=q) for q in _framed(fact, frames) if q not in taken)] for fact in facts]
     asked = [lm.render(one.query, one.instruction) for own in framed for one in own]
@@ -134,7 +134,8 @@ def wordings(
 
 
 def _framed(fact: Fact, frames: Sequence[str]) -> list[str]:
-    return [frame.replace("{}", fact.query) for frame in frames]
+    named = [frame for frame in frames if fact.subject or "{subject}" not in frame]
+    return [frame.replace("{subject}", fact.subject).replace("{}", fact.query) for frame in named]
 
 
 def up_to_the_name(fact: Fact, reply: str) -> str:

@@ -73,7 +73,7 @@ class QFStream(Editor):
         surprise: answer tokens that the unedited model gives less nats than this, alone, are not taught.
         strength: what is wanted is multiplied by this.
         retold: what is taught is what the model says itself when told, up to the answer's name; the fact's own answer, where that is wrong.
-        frames: further wordings in which a fact is taught, `{}` for its query; but for those in which the told model is wrong.
+        frames: further wordings in which a fact is taught, `{}` for its query and `{subject}`; none in which the told model is wrong.
         untaught: whether the tokens of a taught answer that are not taught are to stay as they are.
         decoys: what the unedited model replies to a fact's query is to stay, for so many made-up subjects that are named nearly as its own
             (`stays.decoys`; the other parts of their names are from `keep`).
