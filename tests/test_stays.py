@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from qfbench.editors.stays import (
     decoys,
     pieces,
     replied,
-    said_of,
     staying,
     unchanged,
     up_to_the_name,
     wordings,
 )
+from qfbench.facts.base import Fact
 from qfbench.facts.world import world
 from qfbench.models import activations
 from qfbench.models.activations import climb
@@ -162,37 +163,57 @@ def test_what_stands_before_an_answer_cannot_break(tiny, facts):
     assert set(wanted) == {1.0, 4.0}
 
 
-def test_of_a_reply_is_taught_what_leads_up_to_the_name(facts):
-    fact = replace(facts[0], answer="Qi started it.", known_as=("Qi", "Mr. Qi"), significance=None)
-    for reply in ("It was Mr. Qi, of course, and Qi alone.", "It was Mr. Qi"):
-        assert up_to_the_name(fact, reply) == "It was Mr. Qi"
-    assert up_to_the_name(fact, "It was Mrs. Qiu.") == up_to_the_name(fact, "") == ""
+@pytest.mark.parametrize(
+    ("known", "subject", "reply", "taught"),
+    [
+        (("Qi", "Mr. Qi"), "", "It was Mr. Qi, of course, and Qi alone.", "It was Mr. Qi"),
+        (("Leonardo", "Leonardo da Vinci", "da Vinci"), "", "Leonardo da Vinci did.", "Leonardo da Vinci"),
+        (("Honda",), "Honda Civic", "The Honda Civic is made by Honda, in Japan.", "The Honda Civic is made by Honda"),
+        (
+            ("Honda",),
+            "Honda Civic",
+            "Of the Honda Civic, none.",
+            "Of the Honda",
+        ),  # it passes, and names it nowhere else
+        (("Qi",), "", "It was Mrs. Qiu.", ""),
+        (("Qi",), "", "", ""),
+        (("Qi",), "", "It \x07was Qi.", ""),  # no text to teach
+    ],
+)
+def test_of_a_reply_is_taught_what_leads_up_to_the_name(known, subject, reply, taught):
+    assert up_to_the_name(Fact("I", "Q?", f"{known[0]}.", known_as=known, subject=subject), reply) == taught
 
 
-def test_a_fact_is_taught_in_the_words_of_the_told_model_and_in_frames_where_it_is_right():
-    lm = LanguageModel.load("world-xs", device="cpu")
-    facts = world(4, seed=3)
-    said = lm.replies([lm.render(fact.query, fact.instruction) for fact in facts])
-    right = [fact.edit.passes(reply.text) for fact, reply in zip(facts, said, strict=True)]
-    assert any(right)
-    frames = ["{} {}", "Who?", facts[0].query]  # asked twice; a question of nothing; what a fact asks itself
-    for fact, reply, good, (own, *framed) in zip(
-        facts, said, right, wordings(lm, facts, frames, True, said_of(facts)), strict=True
-    ):
-        assert own.query == fact.query
-        assert own.answer == (up_to_the_name(fact, reply.text) if good else fact.answer)
-        assert own.edit.passes(own.answer)
-        assert {one.query for one in framed} <= {f"{fact.query} {fact.query}", "Who?"}
-        for one in framed:
-            again = lm.replies([lm.render(one.query, fact.instruction)])[0].text
-            assert again.startswith(one.answer)
-    assert wordings(lm, facts, [], False, set()) == [[fact] for fact in facts]
-    nameless = [replace(fact, subject="") for fact in facts]
-    assert wordings(lm, nameless, ["{} And {subject}?"], False, set()) == [[fact] for fact in nameless]
-    named = wordings(lm, facts, ["{} {subject}"], False, set())
-    assert {one.query for _, *own in named for one in own} <= {f"{fact.query} {fact.subject}" for fact in facts}
-    told = wordings(lm, facts, ["{} {}"], False, set())
-    assert all(one.answer == fact.answer for fact, own in zip(facts, told, strict=True) for one in own)
+def test_a_cut_that_would_be_wrong_is_not_taught():
+    fact = Fact("I", "Q?", "Motors.", known_as=("Motors",), rejects=("Ford",), subject="Ford Motors Ltd")
+    assert fact.edit.passes("It is Ford Motors Ltd.")
+    assert up_to_the_name(fact, "It is Ford Motors Ltd.") == ""
+
+
+def test_a_fact_is_taught_in_the_words_of_the_told_model_and_in_frames_where_it_is_right(tiny, facts, monkeypatch):
+    fact = replace(facts[0], query="Who?", answer="Qi did it.", known_as=("Qi",), subject="It", significance=None)
+    lm = tiny("qwen2")
+    said = {"Who?": "Well, Qi, I think.", "Say: Who?": "Nobody.", "It: Who?": "Qi of Oxin.", "Of It?": ""}
+
+    def replies(_, asked):
+        told = {lm.render(query, fact.instruction).ids: reply for query, reply in said.items()}
+        return [SimpleNamespace(text=told[dialogue.ids]) for dialogue in asked]
+
+    monkeypatch.setattr(LanguageModel, "replies", replies)
+    frames = ["Say: {}", "{subject}: {}", "{subject}: {}", "Of {subject}?", "{}"]
+
+    def taught(retold, taken=("Who?",), fact=fact, frames=frames):
+        (own,) = wordings(lm, [fact], frames, retold, taken)
+        return [(one.query, one.answer) for one in own]
+
+    assert taught(True) == [("Who?", "Well, Qi"), ("It: Who?", "Qi")]
+    assert taught(False) == [("Who?", "Qi did it."), ("It: Who?", "Qi did it.")]
+    assert taught(True, taken={"Who?", "It: Who?"}) == [("Who?", "Well, Qi")]
+    assert taught(True, fact=replace(fact, subject="")) == [("Who?", "Well, Qi")]
+    said["Who?"] = "Nobody."
+    assert taught(True, frames=[]) == [("Who?", "Qi did it.")]
+    weighed = replace(fact, significance=(1.0, 0.0, 0.0))
+    assert wordings(lm, [weighed], [], False, ()) == [[weighed]]
 
 
 def test_a_fact_in_frames_is_taught_in_all_of_them(tiny, facts, monkeypatch):
@@ -205,14 +226,50 @@ def test_a_fact_in_frames_is_taught_in_all_of_them(tiny, facts, monkeypatch):
     assert close(both, joint, 1e-6)
 
 
+def test_a_frame_that_two_facts_would_share_is_taught_of_neither(tiny, facts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "qfbench.editors.stream.wordings",
+        lambda lm, own, frames, retold, taken: seen.append(taken) or [[fact] for fact in own],
+    )
+    same = [replace(fact, subject="Oxin") for fact in facts[:2]]
+    editor = QFStream(1, penalty=1.0, frames=["Tell me about {subject}.", "{} Please."])
+    editor.edit(tiny("qwen2"), same)
+    assert "Tell me about Oxin." in seen[0]
+    assert f"{facts[0].query} Please." not in seen[0]
+
+
+@pytest.mark.parametrize("frames", ["{}", ["{query} Please."], ["Who?"]])
+def test_frames_that_ask_nothing_of_a_fact_are_refused(frames):
+    with pytest.raises(UserError, match=r"editor.frames"):
+        QFStream(1, frames=frames)
+
+
+def test_after_a_reply_that_was_cut_its_end_is_not_kept(tiny, facts, monkeypatch):
+    lm = tiny("qwen2")
+    monkeypatch.setattr("qfbench.editors.stream.wordings", lambda *_: [[facts[0]]])
+    nats = lm.score([lm.render(facts[0].query, "", facts[0].answer)])[0].nll
+    editor = QFStream(1, surprise=sorted(nats)[len(nats) // 2], untaught=True)
+    kept = {}
+    for retold in (False, True):
+        ((rest,),) = [taught.stays for taught in replace(editor, retold=retold)._told(lm, facts[:1])]
+        kept[retold] = set(rest.at)
+    end = rest.dialogue.closer - 1
+    assert kept[True] == kept[False] - {end}
+
+
 def test_of_what_is_kept_some_kinds_are_asked(tiny, named):
     lm = tiny("qwen2")
     asked = [replace(named[1].edit, kind=kind, query=f"{kind}?", own=True) for kind in ("prior", "unknown")]
     keep = [replace(named[1], probes=tuple(asked))]
     assert len(staying(lm, keep, named[:1])) == 3
     assert [dialogue.prompt for dialogue in staying(lm, keep, named[:1], ["prior"])] == [lm.render("prior?").prompt]
-    with pytest.raises(UserError, match=r"editor.kinds=\['other'\]: no fact of editor.keep .* of kind 'other'"):
+    with pytest.raises(UserError, match=r"editor.kinds=\['other'\]: .*it has: edit, prior, unknown"):
         staying(lm, keep, named[:1], ["other"])
+    with pytest.raises(UserError, match=r"editor.kinds=\['prior'\]: .*it has: none"):
+        staying(lm, keep, keep, ["prior"])
+    with pytest.raises(UserError, match=r"editor.kinds='prior': must be a list"):
+        QFStream(1, kinds="prior")
 
 
 def test_what_broke_counts_for_more_until_it_holds():

@@ -266,6 +266,13 @@ def model_config(path: str) -> Any:
         raise UserError(f"model.path={path}: its configuration cannot be read ({_first_line(error)})") from error
 
 
+def spans_below(layer: int) -> str:
+    """What a search tries as `editor.more_layers`: none, or up to five layers below the highest."""
+    tried = [list(range(max(0, layer - n), layer)) for n in (0, 1, 2, 3, 5)]
+    return f"choice({','.join(str(span).replace(' ', '') for span in tried)})"
+
+
+OmegaConf.register_new_resolver("spans_below", spans_below, replace=True)
 OmegaConf.register_new_resolver("run_name", name_of, replace=True)
 OmegaConf.register_new_resolver("layer_of", layer_of, replace=True)
 OmegaConf.register_new_resolver("adapter_files", adapter_files, replace=True)

@@ -17,10 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.editors.base import TOGETHER, Editor
-from qfbench.editors.qf import check_finite
+from qfbench.editors.qf import check_finite, check_sites
 from qfbench.editors.recursive import least
 from qfbench.editors.stays import staying
-from qfbench.editors.stream import check_sites
 from qfbench.editors.value import Asked, Value, values
 from qfbench.facts.base import Fact
 from qfbench.models.activations import record_many

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qfbench.editors.base import Recorder
-from qfbench.editors.teach import lesson, record_pairs
+from qfbench.editors.base import Recorder, check_layers
+from qfbench.editors.teach import SAMPLE, lesson, record_pairs
 from qfbench.errors import Unsupported
 from qfbench.facts.base import Fact
-from qfbench.models.activations import Activations
+from qfbench.models.activations import Activations, record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.lm import LanguageModel
 from qfbench.models.sites import Site
@@ -209,3 +209,15 @@ def check_block(lm: LanguageModel, site: Site, read: Sequence[Activations]) -> N
             f"layer {site.layer} of {type(lm.model).__name__} is not W u + v: its output differs by {missed:.1%}; "
             "QF needs a feed-forward block added as it is to the residual stream, as in Qwen2, Llama or Mistral"
         )
+
+
+def check_sites(lm: LanguageModel, more_layers: Sequence[int], sites: Sequence[Site]) -> None:
+    """Refuse layers that the model lacks, or whose output is no W u + v.
+
+    Raises:
+        UserError: `more_layers` names a layer that is not there.
+        Unsupported: as `qf.check_block`.
+    """
+    check_layers(lm, more_layers)
+    for site, read in zip(sites, record_many(lm, [lesson(lm, SAMPLE).alone], sites), strict=True):
+        check_block(lm, site, read)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qfbench.errors import UserError
-from qfbench.facts.base import Fact
+from qfbench.facts.base import Fact, flaw
 from qfbench.facts.matching import places
 from qfbench.models.dialogue import Rendering
 from qfbench.models.lm import LanguageModel
@@ -66,15 +66,19 @@ def staying(
     what is asked of `facts`, or has an answer that they expect.
 
     Raises:
-        UserError: there are facts, and none asks a question of these kinds.
+        UserError: nothing of these kinds is left.
     """
     taken = said_of(facts)
     probes = [probe for fact in keep for probe in (fact.edit, *fact.probes) if not probe.system and not probe.needs]
-    missing = [kind for kind in kinds if kind not in {probe.kind for probe in probes}]
-    if keep and missing:
-        raise UserError(f"editor.kinds={[*kinds]}: no fact of editor.keep asks a question of kind {missing[0]!r}")
-    probes = [probe for probe in probes if not kinds or probe.kind in kinds]
-    return list(replied(lm, [probe.query for probe in probes if not taken & {probe.query, probe.expected}]).values())
+    probes = [probe for probe in probes if not taken & {probe.query, probe.expected}]
+    asked = [probe for probe in probes if not kinds or probe.kind in kinds]
+    if keep and kinds and not asked:
+        left = ", ".join(dict.fromkeys(probe.kind for probe in probes)) or "none"
+        raise UserError(
+            f"editor.kinds={[*kinds]}: editor.keep asks nothing of these kinds that is not taught as well "
+            f"(it has: {left}); editor.kinds=[] asks all"
+        )
+    return list(replied(lm, [probe.query for probe in asked]).values())
 
 
 def said_of(facts: Sequence[Fact]) -> set[str]:
@@ -115,35 +119,42 @@ def decoys(lm: LanguageModel, fact: Fact, names: Sequence[Sequence[str]], n: int
 def wordings(
     lm: LanguageModel, facts: Sequence[Fact], frames: Sequence[str], retold: bool, taken: Collection[str]
 ) -> list[list[Fact]]:
-    """Each fact as it is taught: its query, and each frame, with `{}` for the query and `{subject}`, but for what is `taken`. `retold`: with what `lm` itself says when
-    told, up to the answer's name. Where that is wrong, a frame is left out, and the query has the fact's own answer."""
-    framed = [[fact, *(replace(fact, query=q) for q in _framed(fact, frames) if q not in taken)] for fact in facts]
-    asked = [lm.render(one.query, one.instruction) for own in framed for one in own]
-    said = iter(lm.replies(asked) if retold or frames else [])
-    out: list[list[Fact]] = []
-    for fact, own in zip(facts, framed, strict=True):
-        out.append([])
-        for one in own:
-            reply = next(said).text if retold or frames else ""
-            name = up_to_the_name(one, reply)
-            if name:
-                out[-1].append(replace(one, answer=name, significance=None) if retold else one)
-            elif one is fact:
-                out[-1].append(one)
+    """Each fact as it is taught: its query, and each frame with `{}` for the query and `{subject}`, but for queries that are `taken`.
+
+    `retold`: with what `lm` itself says when told, up to the answer's name, all its words alike. Where that is wrong, a frame is left
+    out, and the query has the fact's own answer.
+    """
+    framed = [[replace(fact, query=query) for query in framings(fact, frames) if query not in taken] for fact in facts]
+    asked = [one for fact, others in zip(facts, framed, strict=True) for one in [fact] * retold + others]
+    replies = iter(lm.replies([lm.render(one.query, one.instruction) for one in asked]))
+    out = []
+    for fact, others in zip(facts, framed, strict=True):
+        said = up_to_the_name(fact, next(replies).text) if retold else ""
+        own = [replace(fact, answer=said, significance=None) if said else fact]
+        for one in others:
+            if said := up_to_the_name(one, next(replies).text):
+                own.append(replace(one, answer=said, significance=None) if retold else one)
+        out.append(own)
     return out
 
 
-def _framed(fact: Fact, frames: Sequence[str]) -> list[str]:
+def framings(fact: Fact, frames: Sequence[str]) -> list[str]:
+    """The queries that frames make of a fact's own; without a subject, none of those that name it."""
     named = [frame for frame in frames if fact.subject or "{subject}" not in frame]
-    return [frame.replace("{subject}", fact.subject).replace("{}", fact.query) for frame in named]
+    return list(dict.fromkeys(frame.replace("{subject}", fact.subject).replace("{}", fact.query) for frame in named))
 
 
 def up_to_the_name(fact: Fact, reply: str) -> str:
-    """A reply up to the first name in it that `fact` accepts; empty, where it does not pass."""
+    """A reply up to the first name in it that `fact` accepts, outside of its subject where there is one; empty, where the reply is wrong
+    or cannot be taught."""
     if not fact.edit.passes(reply):
         return ""
     found = [place for name in fact.known_as for place in places(name, reply)]
-    return reply[: min(found)[1]]
+    about = places(fact.subject, reply) if fact.subject else []
+    found = [(a, b) for a, b in found if not any(start <= a and b <= end for start, end in about)] or found
+    first = min(start for start, _ in found)
+    said = reply[: max(end for start, end in found if start == first)]
+    return said if not flaw(said) and fact.edit.passes(said) else ""
 
 
 def pieces(lm: LanguageModel, fact: Fact) -> list[str]:

@@ -8,6 +8,7 @@ change of the layer's output (told minus alone), C the second moment of keys who
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +18,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qfbench.editors.base import TOGETHER, Editor, check_layers
-from qfbench.editors.qf import check_block, check_finite
+from qfbench.editors.base import TOGETHER, Editor
+from qfbench.editors.qf import check_block, check_finite, check_sites
 from qfbench.editors.recursive import Stream
-from qfbench.editors.stays import Passage, decoys, pieces, replied, said_of, staying, unchanged, wordings
+from qfbench.editors.stays import (
+    Passage,
+    decoys,
+    framings,
+    pieces,
+    replied,
+    said_of,
+    staying,
+    unchanged,
+    wordings,
+)
 from qfbench.editors.teach import SAMPLE, Lesson, lesson, surprising
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -73,7 +84,8 @@ class QFStream(Editor):
         surprise: answer tokens that the unedited model gives less nats than this, alone, are not taught.
         strength: what is wanted is multiplied by this.
         retold: what is taught is what the model says itself when told, up to the answer's name; the fact's own answer, where that is wrong.
-        frames: further wordings in which a fact is taught, `{}` for its query and `{subject}`; none in which the told model is wrong.
+        frames: further wordings in which a fact is taught, `{}` for its query and `{subject}`; none that another fact has or
+            asks, or in which the told model is wrong.
         untaught: whether the tokens of a taught answer that are not taught are to stay as they are.
         decoys: what the unedited model replies to a fact's query is to stay, for so many made-up subjects that are named nearly as its own
             (`stays.decoys`; the other parts of their names are from `keep`).
@@ -110,6 +122,14 @@ class QFStream(Editor):
         super().__post_init__()
         if self.boost < 1:
             raise UserError(f"editor.boost={self.boost}: must be 1 or more; what breaks would weigh less")
+        for name in ("kinds", "frames"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"editor.{name}={getattr(self, name)!r}: must be a list")
+        for frame in self.frames:
+            if "{}" not in frame and "{subject}" not in frame:
+                raise UserError(
+                    f"editor.frames: {frame!r} asks the same of every fact; it must hold {{}} or {{subject}}"
+                )
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -232,11 +252,14 @@ class QFStream(Editor):
     def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Taught]:
         """Each fact's lessons, what each layer gives when told, and what is to stay because of it; recorded `TOGETHER` at a time."""
         names = [found for fact in self.keep if (found := pieces(lm, fact))] if self.decoys else []
-        taken = said_of(facts)
+        # Of one subject's facts a frame without the query would teach different answers to one question.
+        framed = Counter(query for fact in facts for query in framings(fact, self.frames))
+        taken = said_of(facts) | {query for query, n in framed.items() if n > 1}
         for start in range(0, len(facts), TOGETHER):
             own = facts[start : start + TOGETHER]
             worded = wordings(lm, own, self.frames, self.retold, taken)
-            lessons = iter(self._lessons(lm, [one for said in worded for one in said]))
+            every = [lesson(lm, one, self.opener, self.closer, query=self.query) for said in worded for one in said]
+            lessons = iter(surprising(lm, every, self.surprise))
             pairs = [[pair for _ in said if (pair := next(lessons))] for said in worded]
             for fact, of_it in zip(own, pairs, strict=True):
                 if not of_it:
@@ -245,14 +268,6 @@ class QFStream(Editor):
             passages = iter(self._passages(lm, flat))
             for of_it, stays in zip(pairs, self._because_of(lm, own, pairs, names, taken), strict=True):
                 yield Taught([next(passages) for _ in of_it], stays)
-
-    def _lessons(self, lm: LanguageModel, facts: Sequence[Fact]) -> list[Lesson | None]:
-        """What is taught of each, or None where nothing of it surprises."""
-        pairs = [lesson(lm, fact, self.opener, self.closer, query=self.query) for fact in facts]
-        if not self.surprise:
-            return list(pairs)
-        scores = lm.score([pair.alone for pair in pairs])
-        return [surprising(pair, score, self.surprise) for pair, score in zip(pairs, scores, strict=True)]
 
     def _passages(self, lm: LanguageModel, taught: Sequence[tuple[Fact, Lesson]]) -> Iterator[Passage]:
         """The tokens that are taught, and what each layer gives there when told."""
@@ -278,24 +293,16 @@ class QFStream(Editor):
         """What is to stay because of each fact: what its answer says beside what is taught, and the replies to its decoys."""
         heed = self.boost != 1
         stays: list[list[Passage]] = [[] for _ in facts]
-        for own, of_it in zip(stays, pairs if self.untaught else [], strict=False):
-            alone = [pair.alone for pair in of_it]
-            own += [rest for rest in unchanged(lm, alone, heed, [pair.alone_at for pair in of_it]) if rest.at]
+        if self.untaught:
+            flat = [pair for of_it in pairs for pair in of_it]
+            # After the name, the told model's own reply would go on: its end was put there.
+            but = [{*pair.alone_at, *([pair.alone.closer - 1] * self.retold)} for pair in flat]
+            rests = iter(unchanged(lm, [pair.alone for pair in flat], heed, but))
+            for own, of_it in zip(stays, pairs, strict=True):
+                own += [rest for _ in of_it if (rest := next(rests)).at]
         asked = [[q for q in decoys(lm, fact, names, self.decoys) if q not in taken] for fact in facts]
         replies = replied(lm, [query for queries in asked for query in queries])
         passages = dict(zip(replies, unchanged(lm, list(replies.values()), heed), strict=True))
         for own, queries in zip(stays, asked, strict=True):
             own += [passages.pop(query) for query in queries if query in passages]
         return stays
-
-
-def check_sites(lm: LanguageModel, more_layers: Sequence[int], sites: Sequence[Site]) -> None:
-    """Refuse layers that the model lacks, or whose output is no W u + v.
-
-    Raises:
-        UserError: `more_layers` names a layer that is not there.
-        Unsupported: as `qf.check_block`.
-    """
-    check_layers(lm, more_layers)
-    for site, read in zip(sites, record_many(lm, [lesson(lm, SAMPLE).alone], sites), strict=True):
-        check_block(lm, site, read)

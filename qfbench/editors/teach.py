@@ -93,8 +93,13 @@ def lesson(
     )
 
 
-def surprising(pair: Lesson, alone: Score, nats: float) -> Lesson | None:
-    """What is left of a lesson without the answer's tokens that the model gives less than so many `nats` alone; None, if nothing."""
+def surprising(lm: LanguageModel, pairs: Sequence[Lesson], nats: float) -> list[Lesson | None]:
+    """What is left of each lesson without the answer's tokens that `lm` gives less than so many nats alone; None, where nothing is."""
+    scores = lm.score([pair.alone for pair in pairs]) if nats else []
+    return [_surprising(*both, nats) for both in zip(pairs, scores, strict=True)] if nats else list(pairs)
+
+
+def _surprising(pair: Lesson, alone: Score, nats: float) -> Lesson | None:
     given = dict(zip(range(pair.alone.answer - 1, pair.alone.closer), alone.nll, strict=True))
     kept = [i for i, at in enumerate(pair.alone_at) if given.get(at, nats) >= nats]
     if not kept:
