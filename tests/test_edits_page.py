@@ -237,7 +237,9 @@ def begun(tmp_path):
     started = []
 
     def begin(*words):
-        run = "from qfbench.commands.edits import main; main()"
+        # What starts in the background of a shell ignores Ctrl-C, and so would these.
+        heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        run = f"{heeds}; from qfbench.commands.edits import main; main()"
         command = [sys.executable, "-c", run, str(tmp_path / "new"), "page", "--port", "0", *words]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         said = started[-1].stdout.readline()
