@@ -62,6 +62,19 @@ def test_an_editor_without_a_search_of_its_own_is_tried_at_every_layer(plugin):
     assert cfg.hydra.sweeper.params == {"editor.layer": cfg.model.layers}
 
 
+@pytest.mark.parametrize(
+    ("model", "layer", "spans"),
+    [
+        ("world-s", 7, "choice([],[6],[5,6],[4,5,6],[2,3,4,5,6])"),
+        ("world-m", 11, "choice([],[10],[9,10],[8,9,10],[6,7,8,9,10])"),
+        ("world-xs", 2, "choice([],[1],[0,1])"),  # without settings of the stream
+    ],
+)
+def test_the_stream_is_tried_with_layers_below_its_highest_on_any_model(plugin, model, layer, spans):
+    tried = composed("experiment=tune", "editor=qf_stream", f"model={model}").hydra.sweeper.params
+    assert (int(tried["editor.layer"]), tried["editor.more_layers"]) == (layer, spans)
+
+
 def test_no_other_experiment_is_searched_nor_named_anew():
     cfg = composed("experiment=retention")
     assert cfg.hydra.sweeper.params is None

@@ -268,8 +268,8 @@ def model_config(path: str) -> Any:
 
 def spans_below(layer: int) -> str:
     """What a search tries as `editor.more_layers`: none, or up to five layers below the highest."""
-    tried = [list(range(max(0, layer - n), layer)) for n in (0, 1, 2, 3, 5)]
-    return f"choice({','.join(str(span).replace(' ', '') for span in tried)})"
+    tried = dict.fromkeys(str([*range(max(0, layer - n), layer)]).replace(" ", "") for n in (0, 1, 2, 3, 5))
+    return f"choice({','.join(tried)})"
 
 
 OmegaConf.register_new_resolver("spans_below", spans_below, replace=True)
