@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qfbench.editors.teach import Lesson
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact, flaw
 from qfbench.facts.matching import places
@@ -92,6 +93,30 @@ def replied(lm: LanguageModel, queries: Iterable[str]) -> dict[str, Rendering]:
     queries = list(dict.fromkeys(queries))
     replies = lm.replies([lm.render(query) for query in queries])
     return {query: lm.render(query, "", r.text) for query, r in zip(queries, replies, strict=True) if r.text}
+
+
+def rests(lm: LanguageModel, pairs: Sequence[Sequence[Lesson]], heed: bool, retold: bool) -> list[list[Passage]]:
+    """What is not taught of each fact's answers, in each wording, and is to stay."""
+    flat = [pair for of_it in pairs for pair in of_it]
+    # After the name, the told model's own reply would go on: its end was put there.
+    but = [{*pair.alone_at, *([pair.alone.closer - 1] * retold)} for pair in flat]
+    found = iter(unchanged(lm, [pair.alone for pair in flat], heed, but))
+    return [[rest for _ in of_it if (rest := next(found)).at] for of_it in pairs]
+
+
+def of_decoys(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    names: Sequence[Sequence[str]],
+    n: int,
+    taken: Collection[str],
+    heed: bool,
+) -> list[list[Passage]]:
+    """What `lm` replies to each fact's `decoys`, but for queries that are `taken`; each query once."""
+    asked = [[query for query in decoys(lm, fact, names, n) if query not in taken] for fact in facts]
+    replies = replied(lm, [query for queries in asked for query in queries])
+    passages = dict(zip(replies, unchanged(lm, list(replies.values()), heed), strict=True))
+    return [[passages.pop(query) for query in queries if query in passages] for queries in asked]
 
 
 def decoys(lm: LanguageModel, fact: Fact, names: Sequence[Sequence[str]], n: int) -> list[str]:

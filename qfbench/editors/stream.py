@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -21,17 +21,7 @@ from torch import Tensor
 from qfbench.editors.base import TOGETHER, Editor
 from qfbench.editors.qf import check_block, check_finite, check_sites
 from qfbench.editors.recursive import Stream
-from qfbench.editors.stays import (
-    Passage,
-    decoys,
-    framings,
-    pieces,
-    replied,
-    said_of,
-    staying,
-    unchanged,
-    wordings,
-)
+from qfbench.editors.stays import Passage, framings, of_decoys, pieces, rests, said_of, staying, unchanged, wordings
 from qfbench.editors.teach import SAMPLE, Lesson, lesson, surprising
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -266,8 +256,11 @@ class QFStream(Editor):
                     raise UserError(f"fact {fact.id}: editor.surprise={self.surprise} leaves no token to teach")
             flat = [(fact, pair) for fact, of_it in zip(own, pairs, strict=True) for pair in of_it]
             passages = iter(self._passages(lm, flat))
-            for of_it, stays in zip(pairs, self._because_of(lm, own, pairs, names, taken), strict=True):
-                yield Taught([next(passages) for _ in of_it], stays)
+            heed = self.boost != 1
+            left = rests(lm, pairs, heed, self.retold) if self.untaught else [[] for _ in own]
+            strange = of_decoys(lm, own, names, self.decoys, taken, heed)
+            for of_it, rest, replies in zip(pairs, left, strange, strict=True):
+                yield Taught([next(passages) for _ in of_it], [*rest, *replies])
 
     def _passages(self, lm: LanguageModel, taught: Sequence[tuple[Fact, Lesson]]) -> Iterator[Passage]:
         """The tokens that are taught, and what each layer gives there when told."""
@@ -281,28 +274,3 @@ class QFStream(Editor):
             # Of the answer's tokens each nat is a fault; what stands before it, the model need not say.
             nats = torch.tensor([0.0 if at >= pair.alone.answer - 1 else math.inf for at in pair.alone_at])
             yield Passage(pair.alone, pair.alone_at, weights, nats, [there[i].output for there in read])
-
-    def _because_of(
-        self,
-        lm: LanguageModel,
-        facts: Sequence[Fact],
-        pairs: Sequence[Sequence[Lesson]],
-        names: Sequence[Sequence[str]],
-        taken: Collection[str],
-    ) -> list[list[Passage]]:
-        """What is to stay because of each fact: what its answer says beside what is taught, and the replies to its decoys."""
-        heed = self.boost != 1
-        stays: list[list[Passage]] = [[] for _ in facts]
-        if self.untaught:
-            flat = [pair for of_it in pairs for pair in of_it]
-            # After the name, the told model's own reply would go on: its end was put there.
-            but = [{*pair.alone_at, *([pair.alone.closer - 1] * self.retold)} for pair in flat]
-            rests = iter(unchanged(lm, [pair.alone for pair in flat], heed, but))
-            for own, of_it in zip(stays, pairs, strict=True):
-                own += [rest for _ in of_it if (rest := next(rests)).at]
-        asked = [[q for q in decoys(lm, fact, names, self.decoys) if q not in taken] for fact in facts]
-        replies = replied(lm, [query for queries in asked for query in queries])
-        passages = dict(zip(replies, unchanged(lm, list(replies.values()), heed), strict=True))
-        for own, queries in zip(stays, asked, strict=True):
-            own += [passages.pop(query) for query in queries if query in passages]
-        return stays
