@@ -13,6 +13,7 @@ from qfbench.editors.locate import looked_up, moments_of
 from qfbench.editors.recursive import least
 from qfbench.editors.regimes import joint, sequential, single
 from qfbench.editors.stays import staying
+from qfbench.editors.teach import subject_at
 from qfbench.models.activations import record_many
 from qfbench.models.firing import with_firing_layers
 from qfbench.models.sites import Site
@@ -233,3 +234,44 @@ def test_contexts_are_different_things_that_the_model_says(tiny, known):
     assert len(set(scene.contexts)) == len(scene.contexts) == 2
     assert all(scene.contexts)
     assert ROME(1, keep=known, contexts=0)._begin(lm, known[:1])[1].contexts == ()
+
+
+def test_a_fact_is_asked_in_its_wordings_and_its_key_is_the_mean_over_them(tiny, known, monkeypatch):
+    """Facts may have unlike numbers of wordings; each has its own answer, and is looked up where it names the subject."""
+    lm = tiny("qwen2", torch.float64)
+    other = replace(known[0], query="Tell me now of all that Oxinnovate is.", answer=f"It is {known[0].known_as[0]}.", significance=None)
+    seen = []
+
+    def worded(lm, facts, frames, retold, taken):
+        seen.append((list(frames), retold, taken))
+        return [[known[0], other], [known[1]]]
+
+    monkeypatch.setattr("qfbench.editors.locate.wordings", worded)
+    editor = ROME(1, keep=known[2:], contexts=1, steps=3, frames=["Tell me now of all that {subject} is."], retold=True)
+    asked, scene = editor._begin(lm, known[:2])
+    assert [len(one.dialogues) for one in asked] == [3, 2]
+    assert asked[0].dialogues[1] == lm.render(other.query, "", other.answer)
+    assert asked[0].dialogues[2] == lm.render(known[0].query, scene.contexts[0], known[0].answer)
+    assert asked[0].at[1] == subject_at(asked[0].dialogues[1], other) != asked[0].at[0]
+    ((frames, retold, taken),) = seen
+    assert (frames, retold) == (["Tell me now of all that {subject} is."], True)
+    assert known[1].query in taken
+    keys, outputs = looked_up(lm, asked, Site(1), Site(1))
+    for i, one in enumerate(asked):
+        (read,) = record_many(lm, one.dialogues, [Site(1)], [[place] for place in one.at])
+        assert close(keys[i], torch.cat([there.key for there in read]).mean(0))
+        assert close(outputs[i], read[0].output[0])
+    assert close(editor.edit(lm, known[:2]).keys[0].double(), keys[:1], 1e-6)
+
+
+def test_without_frames_the_model_is_not_asked_when_told(tiny, known, monkeypatch):
+    monkeypatch.setattr("qfbench.editors.locate.wordings", lambda *_: pytest.fail("asked"))
+    asked, _ = ROME(1, keep=known[1:], contexts=0)._begin(tiny("qwen2"), known[:1])
+    assert [one.fact for one in asked] == known[:1]
+
+
+@pytest.mark.parametrize("editor", EACH, ids=lambda editor: type(editor).__name__)
+def test_frames_that_ask_nothing_of_a_fact_are_refused(editor):
+    for frames in ("{}", ["Who?"]):
+        with pytest.raises(UserError, match=r"editor\.frames"):
+            replace(editor, frames=frames)

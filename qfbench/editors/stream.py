@@ -8,7 +8,6 @@ change of the layer's output (told minus alone), C the second moment of keys who
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,17 @@ from torch import Tensor
 from qfbench.editors.base import TOGETHER, Editor
 from qfbench.editors.qf import check_block, check_finite, check_sites
 from qfbench.editors.recursive import Stream
-from qfbench.editors.stays import Passage, framings, of_decoys, pieces, rests, said_of, staying, unchanged, wordings
+from qfbench.editors.stays import (
+    Passage,
+    check_frames,
+    of_decoys,
+    pieces,
+    rests,
+    staying,
+    taken_by,
+    unchanged,
+    wordings,
+)
 from qfbench.editors.teach import SAMPLE, Lesson, lesson, surprising
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -112,14 +121,9 @@ class QFStream(Editor):
         super().__post_init__()
         if self.boost < 1:
             raise UserError(f"editor.boost={self.boost}: must be 1 or more; what breaks would weigh less")
-        for name in ("kinds", "frames"):
-            if isinstance(getattr(self, name), str):
-                raise UserError(f"editor.{name}={getattr(self, name)!r}: must be a list")
-        for frame in self.frames:
-            if "{}" not in frame and "{subject}" not in frame:
-                raise UserError(
-                    f"editor.frames: {frame!r} asks the same of every fact; it must hold {{}} or {{subject}}"
-                )
+        if isinstance(self.kinds, str):
+            raise UserError(f"editor.kinds={self.kinds!r}: must be a list")
+        check_frames(self.frames)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -242,9 +246,7 @@ class QFStream(Editor):
     def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Taught]:
         """Each fact's lessons, what each layer gives when told, and what is to stay because of it; recorded `TOGETHER` at a time."""
         names = [found for fact in self.keep if (found := pieces(lm, fact))] if self.decoys else []
-        # Of one subject's facts a frame without the query would teach different answers to one question.
-        framed = Counter(query for fact in facts for query in framings(fact, self.frames))
-        taken = said_of(facts) | {query for query, n in framed.items() if n > 1}
+        taken = taken_by(facts, self.frames)
         for start in range(0, len(facts), TOGETHER):
             own = facts[start : start + TOGETHER]
             worded = wordings(lm, own, self.frames, self.retold, taken)

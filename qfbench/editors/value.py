@@ -28,33 +28,34 @@ from qfbench.models.sites import Site
 
 @dataclass(frozen=True)
 class Asked:
-    """A fact's query and answer, alone and in contexts, with the place of its subject's last token in each.
+    """A fact's queries and answers, alone and in contexts, with the place of its subject's last token in each.
 
     `essence` is a prompt about the subject whose reply is to begin as before (ROME's "{subject} is a").
     """
 
     fact: Fact
-    dialogues: tuple[Rendering, ...]  # alone first
+    dialogues: tuple[Rendering, ...]  # the query alone first
     at: tuple[int, ...]
     essence: Rendering
     essence_at: int
 
     @classmethod
-    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str] = ()) -> Asked:
-        """Contexts stand where an instruction would stand.
+    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str] = (), wordings: Sequence[Fact] = ()) -> Asked:
+        """Contexts stand where an instruction would stand; `wordings` are the fact in other words.
 
         Raises:
             UserError: the fact has no subject, its query does not name it, or a dialogue is too long.
         """
-        dialogues = tuple(lm.render(fact.query, context, fact.answer) for context in ("", *contexts))
+        asked = [(fact, ""), *((one, "") for one in wordings), *((fact, context) for context in contexts)]
+        dialogues = tuple(lm.render(one.query, context, one.answer) for one, context in asked)
         about = replace(fact, query=f"{fact.subject} is a")
         essence = lm.render(about.query)
-        places = tuple(subject_at(dialogue, fact) for dialogue in dialogues)
+        places = tuple(subject_at(dialogue, one) for dialogue, (one, _) in zip(dialogues, asked, strict=True))
         lm.check_lengths([dialogue.ids for dialogue in (*dialogues, essence)])
         return cls(fact, dialogues, places, essence, subject_at(essence, about))
 
     def alone(self) -> Asked:
-        """Without the contexts."""
+        """Without the contexts and further wordings."""
         return replace(self, dialogues=self.dialogues[:1], at=self.at[:1])
 
 
