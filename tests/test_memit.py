@@ -8,9 +8,11 @@ from test_rome import QUICK, close, drawn, known, moment  # noqa: F401 (a fixtur
 
 from qfbench import UserError
 from qfbench.editors import MEMIT, ROME
-from qfbench.editors.locate import looked_up
+from qfbench.editors.locate import looked_up, moments_of
 from qfbench.editors.recursive import Stream, least
-from qfbench.editors.regimes import sequential
+from qfbench.editors.regimes import in_turn, sequential
+from qfbench.editors.stays import staying
+from qfbench.models.delta import NOTHING
 from qfbench.models.sites import Site
 
 F, D = 12, 5
@@ -68,6 +70,25 @@ def test_each_layer_takes_its_share_of_what_the_layers_below_left(tiny, known): 
     with replace(delta, changes={NAMES[0]: first}).applied_to(lm):
         keys, output = looked_up(lm, asked, Site(1), Site(1))
     assert close(delta.changes[NAMES[1]].dense(), least(inverses[1], keys, target - output, ONES[:2])[0].dense())
+
+
+def test_at_one_layer_with_earlier_keys_a_sequence_is_rlsedits_recursion(tiny, known):  # noqa: F811
+    """C_t and W_t of Wang et al. 2026 (RLSEdit), and its joint form: there no change moves a key, so keys read anew are those of then."""
+    lm = tiny("qwen2", torch.float64)
+    editor = MEMIT(1, steps=5, contexts=0, keep=known[2:], penalty=0.5, past=True)
+    asked, _ = editor._begin(lm, known[:3])
+    keys, _ = looked_up(lm, asked, Site(1), Site(1))
+    (c,) = moments_of(lm, staying(lm, known[2:], known[:3]), editor.sites)
+    stream = Stream.begin(c, lm.model.config.hidden_size, 0.5, editor.floor)
+    start, before, wanted = stream.inverse, NOTHING, []
+    for i, (step, total) in enumerate(in_turn(editor, lm, known[:3])):
+        with before.applied_to(lm):
+            (found,) = editor._values(lm, asked[i : i + 1])
+        wanted.append(stream.change @ keys[i] + found.change.double())
+        assert close(step.changes[NAMES[1]].dense(), stream.teach(keys[i : i + 1], wanted[i][None], ONES[:1]).dense())
+        before = total
+    joint = least(start, keys, torch.stack(wanted), ONES[:3])[0].dense()
+    assert close(before.changes[NAMES[1]].dense(), joint, 1e-6)
 
 
 def test_what_earlier_keys_give_moves_less_where_they_are_kept(tiny, known):  # noqa: F811

@@ -239,7 +239,12 @@ def test_contexts_are_different_things_that_the_model_says(tiny, known):
 def test_a_fact_is_asked_in_its_wordings_and_its_key_is_the_mean_over_them(tiny, known, monkeypatch):
     """Facts may have unlike numbers of wordings; each has its own answer, and is looked up where it names the subject."""
     lm = tiny("qwen2", torch.float64)
-    other = replace(known[0], query="Tell me now of all that Oxinnovate is.", answer=f"It is {known[0].known_as[0]}.", significance=None)
+    other = replace(
+        known[0],
+        query="Tell me now of all that Oxinnovate is.",
+        answer=f"It is {known[0].known_as[0]}.",
+        significance=None,
+    )
     seen = []
 
     def worded(lm, facts, frames, retold, taken):

@@ -114,7 +114,7 @@ def values(
         kept = sorted(set(last))
         with added(lm, site, [asked[i].essence_at for i in rows], change(at, rows)):
             logits = logits_at(lm, prompts, kept, weights)
-        return log_softmax(logits[range(len(rows)), [kept.index(place) for place in last]].float(), 1)
+        return log_softmax(logits[[*range(len(rows))], [kept.index(place) for place in last]].float(), 1)
 
     def losses(at: Tensor) -> Iterator[Tensor]:
         left = [i for i in range(len(asked)) if i not in found]

@@ -215,4 +215,5 @@ def _nats(head: Any, states: Float[Tensor, "tokens d"], wanted: Tensor) -> Float
     """−log p of the wanted token of each state; in float32, at a bounded number of states at once."""
     size = max(1, LOGITS // (4 * head.weight.shape[0]))
     pairs = zip(states.split(size), wanted.split(size), strict=True)
-    return torch.cat([functional.cross_entropy(head(part).float(), own, reduction="none") for part, own in pairs])
+    logits = ((head(part).float(), own) for part, own in pairs)
+    return torch.cat([functional.cross_entropy(of, own.to(of.device), reduction="none") for of, own in logits])
