@@ -19,9 +19,11 @@ from torch import Tensor
 from qfbench.editors.base import TOGETHER, Editor
 from qfbench.editors.qf import check_finite, check_sites
 from qfbench.editors.recursive import least
-from qfbench.editors.stays import check_frames, staying, taken_by, wordings
+from qfbench.editors.stays import check_frames, framings, staying, taken_by, wordings
 from qfbench.editors.value import Asked, Value, values
+from qfbench.errors import UserError
 from qfbench.facts.base import Fact
+from qfbench.facts.matching import places
 from qfbench.models.activations import record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
@@ -43,11 +45,11 @@ class Located(Editor):
 
     Args:
         layer: the decoder layer whose `mlp.down_proj` is changed, from 0.
-        keep: facts that are not taught. What the unedited model replies to all that they ask (`stream.staying`) gives the keys
+        keep: facts that are not taught. What the unedited model replies to all that they ask (`stays.staying`) gives the keys
             that are to stay, of all tokens, and the contexts.
         contexts: in how many contexts, beside none, a fact is asked: other things that the model says, where an instruction
             would stand. Keys are the mean over them, and over the wordings.
-        frames: further wordings in which a fact is asked, as of `QFStream`.
+        frames: further wordings in which a fact is asked, as of `QFStream`; they must name its subject.
         retold: what is asked for is what the model says itself when told, as of `QFStream`.
         lr, steps, stop_at, limit, weight_decay, kl: of the search for a value (`value.values`).
     """
@@ -112,23 +114,25 @@ class Located(Editor):
 
     def _begin(self, lm: LanguageModel, facts: Sequence[Fact]) -> tuple[list[Asked], Scene]:
         self.check(lm)
-        for fact in facts:
-            Asked.of(lm, fact)  # before all that takes time
+        for fact in facts:  # before all that takes time
+            Asked.of(lm, fact)
+            for query in framings(fact, self.frames):
+                if not places(fact.subject, query):
+                    raise UserError(f"editor.frames: {query!r} does not name {fact.subject!r}, as a word of its own")
         kept = staying(lm, self.keep, facts)
         said = dict.fromkeys(str(lm.tokenizer.decode(list(d.ids[d.answer : d.closer]))).strip() for d in kept)
         texts = [text for text in said if text]
         contexts = tuple(texts[:: max(1, len(texts) // max(1, self.contexts))][: self.contexts])
         moments = zip(self.sites, moments_of(lm, kept, self.sites), strict=True)
         scene = Scene(contexts, tuple(self.inverse(moment, site) for site, moment in moments))
-        worded = [[fact] for fact in facts]
-        if self.frames or self.retold:
-            worded = wordings(lm, facts, self.frames, self.retold, taken_by(facts, self.frames))
+        worded = wordings(lm, facts, self.frames, self.retold, taken_by(facts, self.frames))
         return [Asked.of(lm, fact, contexts, others) for fact, *others in worded], scene
 
     def _taught(self, lm: LanguageModel, scene: Scene, asked: Sequence[Asked], before: Sequence[Asked]) -> WeightDelta:
         # Where the model holds no change (regime=single), nothing was taught before.
         delta = self.together(lm, scene, asked, found := self._values(lm, asked), before if lm.changed else [])
-        tokens = float(sum(len(one.dialogues[0].reply) for one in asked))
+        taught = [d for one in asked for d in one.dialogues[: len(one.dialogues) - len(scene.contexts)]]
+        tokens = float(sum(len(dialogue.reply) for dialogue in taught))
         return replace(delta, notes={"tokens": tokens, "loss": sum(one.loss for one in found) / len(found)})
 
     def _values(self, lm: LanguageModel, asked: Sequence[Asked]) -> list[Value]:

@@ -144,8 +144,8 @@ def decoys(lm: LanguageModel, fact: Fact, names: Sequence[Sequence[str]], n: int
 
 def check_frames(frames: Sequence[str]) -> None:
     """Raises `UserError` where `frames` is no list of further wordings."""
-    if isinstance(frames, str):
-        raise UserError(f"editor.frames={frames!r}: must be a list")
+    if isinstance(frames, str) or not all(isinstance(frame, str) for frame in frames):
+        raise UserError(f"editor.frames={frames!r}: must be a list of texts")
     for frame in frames:
         if "{}" not in frame and "{subject}" not in frame:
             raise UserError(f"editor.frames: {frame!r} asks the same of every fact; it must hold {{}} or {{subject}}")

@@ -81,7 +81,7 @@ def values(
 ) -> list[Value]:
     """δ of each fact, all searched together; each has its own loss and its own end, and does not depend on the others.
 
-    The loss is the nats of the whole answer, the mean over the contexts, + `kl` · KL(now ‖ before) of the first token of the
+    The loss is the nats of the whole answer, the mean over all dialogues, + `kl` · KL(now ‖ before) of the first token of the
     reply to `essence` + `weight_decay` · (‖δ‖ / ‖output‖)². Adam (`finetune.descend`) goes in units of the output's norm.
 
     Args:
