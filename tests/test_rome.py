@@ -7,14 +7,12 @@ import torch
 import transformers
 from conftest import GEOMETRY
 
-from qfbench import Fact, LanguageModel, Unsupported, UserError
+from qfbench import Fact, Unsupported, UserError
 from qfbench.editors import MEMIT, ROME, AlphaEdit
 from qfbench.editors.locate import looked_up, moments_of
 from qfbench.editors.recursive import least
 from qfbench.editors.regimes import joint, sequential, single
 from qfbench.editors.stays import staying
-from qfbench.editors.teach import subject_at
-from qfbench.editors.value import Asked
 from qfbench.models.activations import record_many
 from qfbench.models.firing import with_firing_layers
 from qfbench.models.sites import Site
@@ -149,10 +147,9 @@ def test_it_teaches_and_leaves_the_model_bit_identical(tiny, known, editor, arch
 
 @pytest.mark.parametrize("editor", EACH, ids=lambda editor: type(editor).__name__)
 @pytest.mark.parametrize("regime", [sequential, joint, single])
-def test_a_run_that_goes_on_is_as_an_unbroken_one(tiny, known, editor, regime, monkeypatch):
-    """With contexts, with keys that are to stay, and with wordings: two of the second fact."""
+def test_a_run_that_goes_on_is_as_an_unbroken_one(tiny, known, editor, regime):
+    """With contexts, and with keys that are to stay."""
     lm = tiny("qwen2")
-    monkeypatch.setattr("qfbench.editors.locate.wordings", worded)
     editor = replace(editor, keep=[Fact("A.", "Where is Qi?", "Here.", subject="Qi")])
     _, scene = editor._begin(lm, known)
     assert scene.contexts
@@ -239,66 +236,3 @@ def test_contexts_are_different_things_that_the_model_says(tiny, known):
     assert len(set(scene.contexts)) == len(scene.contexts) == 2
     assert all(scene.contexts)
     assert ROME(1, keep=known, contexts=0)._begin(lm, known[:1])[1].contexts == ()
-
-
-@pytest.mark.parametrize("editor", EACH, ids=lambda editor: type(editor).__name__)
-def test_a_fact_is_asked_in_its_wordings_and_its_key_is_the_mean_over_them(tiny, known, editor, monkeypatch):
-    """Facts may have unlike numbers of wordings; each has its own answer, and is looked up where it names the subject."""
-    lm = tiny("qwen2", torch.float64)
-    seen = []
-    monkeypatch.setattr("qfbench.editors.locate.wordings", lambda *given: seen.append(given) or worded(*given))
-    editor = replace(editor, keep=known[2:], frames=["All of {subject}."], retold=True)
-    asked, scene = editor._begin(lm, known[:2])
-    ((_, _, frames, retold, taken),) = seen
-    assert (frames, retold) == (["All of {subject}."], True)
-    assert known[1].query in taken
-    assert [len(one.dialogues) for one in asked] == [2, 3]
-    (_, other), one = worded(lm, known[1:2], [], True, ())[0], asked[1]
-    assert one.dialogues[1] == lm.render(other.query, "", other.answer)
-    assert one.dialogues[2] == lm.render(known[1].query, scene.contexts[0], known[1].answer)
-    assert one.at[1] == subject_at(one.dialogues[1], other) != one.at[0]
-    keys, outputs = looked_up(lm, asked, Site(1), Site(1))
-    for i, one in enumerate(asked):
-        (read,) = record_many(lm, one.dialogues, [Site(1)], [[place] for place in one.at])
-        assert close(keys[i], torch.cat([there.key for there in read]).mean(0))
-        assert close(outputs[i], read[0].output[0])
-    notes = editor.edit(lm, known[:2]).notes
-    assert notes["tokens"] == sum(len(d.reply) for d in (asked[0].dialogues[0], *asked[1].dialogues[:2]))
-
-
-def worded(lm, facts, frames, retold, taken):
-    """Each fact; the second in other words, too."""
-    other = [replace(f, query=f"Tell me now of all that {f.subject} is.", answer=f"It is {f.answer}") for f in facts]
-    return [[fact, also] if fact.subject == "Zenvora" else [fact] for fact, also in zip(facts, other, strict=True)]
-
-
-def test_a_fact_in_the_same_words_again_and_again_has_the_same_value(tiny, known):
-    """The loss is the mean over its dialogues, whatever stands beside it."""
-    lm = tiny("qwen2", torch.float64)
-    editor = ROME(1, **QUICK)
-    (once, its), (thrice, same) = (
-        editor._values(lm, [Asked.of(lm, known[0], (), [known[0]] * n), Asked.of(lm, known[1])]) for n in (0, 2)
-    )
-    assert close(thrice.change, once.change, 1e-6)
-    assert thrice.loss == pytest.approx(once.loss)
-    assert close(same.change, its.change, 1e-6)
-
-
-def test_without_frames_the_model_is_not_asked_when_told(tiny, known, monkeypatch):
-    monkeypatch.setattr(LanguageModel, "replies", lambda _, asked: pytest.fail("asked") if [*asked] else [])
-    asked, _ = ROME(1, contexts=0)._begin(tiny("qwen2"), known[:1])
-    assert [one.fact for one in asked] == known[:1]
-
-
-def test_a_frame_that_does_not_name_the_subject_is_refused_before_anything_is_asked(tiny, known, monkeypatch):
-    monkeypatch.setattr(LanguageModel, "replies", lambda *_: pytest.fail("asked"))
-    editor = ROME(1, keep=known[1:], frames=["{}", "About {subject}s: tell."])
-    with pytest.raises(UserError, match=r"editor\.frames: 'About Oxinnovates: tell.' does not name 'Oxinnovate'"):
-        editor.edit(tiny("qwen2"), known[:1])
-
-
-@pytest.mark.parametrize("editor", EACH, ids=lambda editor: type(editor).__name__)
-def test_frames_that_ask_nothing_of_a_fact_are_refused(editor):
-    for frames in ("{}", ["Who?"]):
-        with pytest.raises(UserError, match=r"editor\.frames"):
-            replace(editor, frames=frames)

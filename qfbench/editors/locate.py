@@ -19,11 +19,9 @@ from torch import Tensor
 from qfbench.editors.base import TOGETHER, Editor
 from qfbench.editors.qf import check_finite, check_sites
 from qfbench.editors.recursive import least
-from qfbench.editors.stays import check_frames, framings, staying, taken_by, wordings
+from qfbench.editors.stays import staying
 from qfbench.editors.value import Asked, Value, values
-from qfbench.errors import UserError
 from qfbench.facts.base import Fact
-from qfbench.facts.matching import places
 from qfbench.models.activations import record_many
 from qfbench.models.delta import LowRank, WeightDelta
 from qfbench.models.dialogue import Rendering
@@ -48,17 +46,13 @@ class Located(Editor):
         keep: facts that are not taught. What the unedited model replies to all that they ask (`stays.staying`) gives the keys
             that are to stay, of all tokens, and the contexts.
         contexts: in how many contexts, beside none, a fact is asked: other things that the model says, where an instruction
-            would stand. Keys are the mean over them, and over the wordings.
-        frames: further wordings in which a fact is asked, as of `QFStream`; they must name its subject.
-        retold: what is asked for is what the model says itself when told, as of `QFStream`.
+            would stand. Keys are the mean over them.
         lr, steps, stop_at, limit, weight_decay, kl: of the search for a value (`value.values`).
     """
 
     layer: int
     keep: Sequence[Fact] = field(default=(), repr=False)
     contexts: int = 2
-    frames: Sequence[str] = ()
-    retold: bool = False
     lr: float = 0.2
     steps: int = 25
     stop_at: float = 0.05
@@ -69,10 +63,6 @@ class Located(Editor):
     above_zero: ClassVar[tuple[str, ...]] = ("lr", "steps", "limit")
     sees_all: ClassVar[bool] = True  # what is kept is asked without what the facts ask
     not_negative: ClassVar[tuple[str, ...]] = ("contexts", "stop_at", "weight_decay", "kl")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_frames(self.frames)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -114,25 +104,20 @@ class Located(Editor):
 
     def _begin(self, lm: LanguageModel, facts: Sequence[Fact]) -> tuple[list[Asked], Scene]:
         self.check(lm)
-        for fact in facts:  # before all that takes time
-            Asked.of(lm, fact)
-            for query in framings(fact, self.frames):
-                if not places(fact.subject, query):
-                    raise UserError(f"editor.frames: {query!r} does not name {fact.subject!r}, as a word of its own")
+        for fact in facts:
+            Asked.of(lm, fact)  # before all that takes time
         kept = staying(lm, self.keep, facts)
         said = dict.fromkeys(str(lm.tokenizer.decode(list(d.ids[d.answer : d.closer]))).strip() for d in kept)
         texts = [text for text in said if text]
         contexts = tuple(texts[:: max(1, len(texts) // max(1, self.contexts))][: self.contexts])
         moments = zip(self.sites, moments_of(lm, kept, self.sites), strict=True)
         scene = Scene(contexts, tuple(self.inverse(moment, site) for site, moment in moments))
-        worded = wordings(lm, facts, self.frames, self.retold, taken_by(facts, self.frames))
-        return [Asked.of(lm, fact, contexts, others) for fact, *others in worded], scene
+        return [Asked.of(lm, fact, contexts) for fact in facts], scene
 
     def _taught(self, lm: LanguageModel, scene: Scene, asked: Sequence[Asked], before: Sequence[Asked]) -> WeightDelta:
         # Where the model holds no change (regime=single), nothing was taught before.
         delta = self.together(lm, scene, asked, found := self._values(lm, asked), before if lm.changed else [])
-        taught = [d for one in asked for d in one.dialogues[: len(one.dialogues) - len(scene.contexts)]]
-        tokens = float(sum(len(dialogue.reply) for dialogue in taught))
+        tokens = float(sum(len(one.dialogues[0].reply) for one in asked))
         return replace(delta, notes={"tokens": tokens, "loss": sum(one.loss for one in found) / len(found)})
 
     def _values(self, lm: LanguageModel, asked: Sequence[Asked]) -> list[Value]:
@@ -176,7 +161,7 @@ class Spread(Located):
 def looked_up(
     lm: LanguageModel, asked: Sequence[Asked], site: Site, top: Site
 ) -> tuple[Float[Tensor, "facts f"], Float[Tensor, "facts d"]]:
-    """Each fact's key at `site`, the mean over its dialogues, and what layer `top` gives when it is asked alone; in float64.
+    """Each fact's key at `site`, the mean over its contexts, and what layer `top` gives when it is asked alone; in float64.
 
     Raises:
         FloatingPointError: an activation is not finite.
@@ -185,12 +170,11 @@ def looked_up(
     at = [(place,) for one in asked for place in one.at]
     lower, upper = record_many(lm, dialogues, [site, top], at)
     check_finite(top, [one.fact for one in asked for _ in one.at], upper)
+    size = len(asked[0].at)
     home = site.home(lm.model)
-    keys, outputs = (
-        torch.cat(found).to(home, torch.float64).split([len(one.at) for one in asked])
-        for found in ([one.key for one in lower], [one.output for one in upper])
-    )
-    return torch.stack([own.mean(0) for own in keys]), torch.stack([own[0] for own in outputs])
+    keys = torch.cat([one.key for one in lower]).to(home, torch.float64)
+    outputs = torch.cat([one.output for one in upper[::size]]).to(home, torch.float64)
+    return keys.view(len(asked), size, -1).mean(1), outputs
 
 
 def moments_of(lm: LanguageModel, dialogues: Sequence[Rendering], sites: Sequence[Site]) -> list[Float[Tensor, "f f"]]:

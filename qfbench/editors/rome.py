@@ -22,7 +22,7 @@ from qfbench.models.sites import Site
 class ROME(Located):
     """min tr(ΔW C ΔWᵀ) with (W + ΔW) k* = v*: ΔW = (v* − W k*) (C⁻¹ k*)ᵀ / (k*ᵀ C⁻¹ k*), Eq. 2 of ROME.
 
-    The same k*, the mean over the dialogues, stands in all places, as in r-ROME (Gupta et al. 2024): with the key of one context
+    The same k*, the mean over the contexts, stands in all places, as in r-ROME (Gupta et al. 2024): with the key of one context
     in some of them sequences collapse. Several facts at once are as many constraints (EMMET, Gupta et al. 2024):
     ΔW = R (Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -140,22 +139,6 @@ def decoys(lm: LanguageModel, fact: Fact, names: Sequence[Sequence[str]], n: int
         if name != fact.subject:
             made[fact.query[:start] + name + fact.query[end:]] = None
     return list(made)
-
-
-def check_frames(frames: Sequence[str]) -> None:
-    """Raises `UserError` where `frames` is no list of further wordings."""
-    if isinstance(frames, str) or not all(isinstance(frame, str) for frame in frames):
-        raise UserError(f"editor.frames={frames!r}: must be a list of texts")
-    for frame in frames:
-        if "{}" not in frame and "{subject}" not in frame:
-            raise UserError(f"editor.frames: {frame!r} asks the same of every fact; it must hold {{}} or {{subject}}")
-
-
-def taken_by(facts: Sequence[Fact], frames: Sequence[str]) -> set[str]:
-    """What no frame and no decoy may ask: all that facts ask and expect, and what frames would ask of more than one of them (of one
-    subject's facts a frame without the query would teach different answers to one question)."""
-    framed = Counter(query for fact in facts for query in framings(fact, frames))
-    return said_of(facts) | {query for query, n in framed.items() if n > 1}
 
 
 def wordings(

@@ -8,6 +8,7 @@ change of the layer's output (told minus alone), C the second moment of keys who
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,17 +21,7 @@ from torch import Tensor
 from qfbench.editors.base import TOGETHER, Editor
 from qfbench.editors.qf import check_block, check_finite, check_sites
 from qfbench.editors.recursive import Stream
-from qfbench.editors.stays import (
-    Passage,
-    check_frames,
-    of_decoys,
-    pieces,
-    rests,
-    staying,
-    taken_by,
-    unchanged,
-    wordings,
-)
+from qfbench.editors.stays import Passage, framings, of_decoys, pieces, rests, said_of, staying, unchanged, wordings
 from qfbench.editors.teach import SAMPLE, Lesson, lesson, surprising
 from qfbench.errors import UserError
 from qfbench.facts.base import Fact
@@ -121,9 +112,14 @@ class QFStream(Editor):
         super().__post_init__()
         if self.boost < 1:
             raise UserError(f"editor.boost={self.boost}: must be 1 or more; what breaks would weigh less")
-        if isinstance(self.kinds, str):
-            raise UserError(f"editor.kinds={self.kinds!r}: must be a list")
-        check_frames(self.frames)
+        for name in ("kinds", "frames"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"editor.{name}={getattr(self, name)!r}: must be a list")
+        for frame in self.frames:
+            if "{}" not in frame and "{subject}" not in frame:
+                raise UserError(
+                    f"editor.frames: {frame!r} asks the same of every fact; it must hold {{}} or {{subject}}"
+                )
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -246,7 +242,9 @@ class QFStream(Editor):
     def _told(self, lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Taught]:
         """Each fact's lessons, what each layer gives when told, and what is to stay because of it; recorded `TOGETHER` at a time."""
         names = [found for fact in self.keep if (found := pieces(lm, fact))] if self.decoys else []
-        taken = taken_by(facts, self.frames)
+        # Of one subject's facts a frame without the query would teach different answers to one question.
+        framed = Counter(query for fact in facts for query in framings(fact, self.frames))
+        taken = said_of(facts) | {query for query, n in framed.items() if n > 1}
         for start in range(0, len(facts), TOGETHER):
             own = facts[start : start + TOGETHER]
             worded = wordings(lm, own, self.frames, self.retold, taken)

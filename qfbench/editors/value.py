@@ -28,34 +28,33 @@ from qfbench.models.sites import Site
 
 @dataclass(frozen=True)
 class Asked:
-    """A fact's queries and answers, alone and in contexts, with the place of its subject's last token in each.
+    """A fact's query and answer, alone and in contexts, with the place of its subject's last token in each.
 
     `essence` is a prompt about the subject whose reply is to begin as before (ROME's "{subject} is a").
     """
 
     fact: Fact
-    dialogues: tuple[Rendering, ...]  # the query alone first
+    dialogues: tuple[Rendering, ...]  # alone first
     at: tuple[int, ...]
     essence: Rendering
     essence_at: int
 
     @classmethod
-    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str] = (), wordings: Sequence[Fact] = ()) -> Asked:
-        """Contexts stand where an instruction would stand; `wordings` are the fact in other words.
+    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str] = ()) -> Asked:
+        """Contexts stand where an instruction would stand.
 
         Raises:
             UserError: the fact has no subject, its query does not name it, or a dialogue is too long.
         """
-        asked = [(fact, ""), *((one, "") for one in wordings), *((fact, context) for context in contexts)]
-        dialogues = tuple(lm.render(one.query, context, one.answer) for one, context in asked)
+        dialogues = tuple(lm.render(fact.query, context, fact.answer) for context in ("", *contexts))
         about = replace(fact, query=f"{fact.subject} is a")
         essence = lm.render(about.query)
-        places = tuple(subject_at(dialogue, one) for dialogue, (one, _) in zip(dialogues, asked, strict=True))
+        places = tuple(subject_at(dialogue, fact) for dialogue in dialogues)
         lm.check_lengths([dialogue.ids for dialogue in (*dialogues, essence)])
         return cls(fact, dialogues, places, essence, subject_at(essence, about))
 
     def alone(self) -> Asked:
-        """Without the contexts and further wordings."""
+        """Without the contexts."""
         return replace(self, dialogues=self.dialogues[:1], at=self.at[:1])
 
 
@@ -81,7 +80,7 @@ def values(
 ) -> list[Value]:
     """δ of each fact, all searched together; each has its own loss and its own end, and does not depend on the others.
 
-    The loss is the nats of the whole answer, the mean over all dialogues, + `kl` · KL(now ‖ before) of the first token of the
+    The loss is the nats of the whole answer, the mean over the contexts, + `kl` · KL(now ‖ before) of the first token of the
     reply to `essence` + `weight_decay` · (‖δ‖ / ‖output‖)². Adam (`finetune.descend`) goes in units of the output's norm.
 
     Args:
