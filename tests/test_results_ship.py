@@ -64,6 +64,23 @@ def test_a_shipped_copy_has_the_same_tables(stored, tmp_path):
         assert_frame_equal(results.pooled(ours, measure), results.pooled(theirs, measure))
 
 
+def test_a_run_that_is_not_finished_is_named_and_not_shipped(stored, tmp_path, caplog):
+    results.retention(stored)
+    assert not caplog.records  # a shipped run has no progress.json
+    cut = stored / "run1"
+    for finished in (True, False):
+        progress = {"rows": 1, "tasks": [], "ended": [], "finished": finished}
+        (cut / "progress.json").write_text(json.dumps(progress))
+        assert results.unfinished(results.folders(stored)) == [cut] * (not finished)
+    results.retention(stored)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"not finished: 1 of 2 runs; their figures are of what they had measured: {cut}"
+    ]
+    with pytest.raises(UserError, match=f"{cut}: is not finished, which a copy would not say"):
+        results.ship(tmp_path / "runs", stored)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_shipped_copy_keeps_every_row_and_leaves_out_what_no_measure_uses(stored, tmp_path):
     results.ship(tmp_path / "runs", stored)
     assert {p.name for p in (tmp_path / "runs").rglob("*.*")} == {

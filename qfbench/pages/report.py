@@ -29,7 +29,6 @@ from qfbench.pages.html import filled
 from qfbench.pages.legend import LINES, columns
 from qfbench.pages.replies import examples, flipped
 from qfbench.runs.provenance import SAME
-from qfbench.runs.store import read_progress
 
 EXAMPLES = 12
 STEPS = 8  # of the table of weight health
@@ -206,7 +205,7 @@ def experiment(run: Path) -> str:
 
 
 def _unfinished(folder: Path, found: Sequence[Path]) -> list[str]:
-    begun = {run for run in found if (run / "progress.json").exists() and not read_progress(run)["finished"]}
+    begun = set(results.unfinished(found))
     empty = {path.parent for path in folder.rglob("provenance.json")} - {*found}
     said = {
         "were stopped or still run. What is shown is what they had measured": begun,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from yaml import YAMLError
 from qfbench.analysis.catalogue import GENERAL, MEASURES
 from qfbench.analysis.measures import compared, summary
 from qfbench.analysis.rows import regular
+from qfbench.analysis.tables import named
 from qfbench.errors import UserError
 from qfbench.runs.identity import NOT_MEASURED, placeless
 from qfbench.runs.ledger import MADE_OF, Ledger
 from qfbench.runs.provenance import SAME
+from qfbench.runs.store import read_progress
+
+log = logging.getLogger(__name__)
 
 RUNS = "runs.txt"  # in the folder of a study: its runs, a line each, by their paths from there
 
@@ -48,8 +53,13 @@ def folders(*paths: str | Path) -> list[Path]:
     return sorted(found)
 
 
+def unfinished(found: Iterable[Path]) -> list[Path]:
+    """Of runs, those that were stopped or still run: they hold what they had measured. A shipped copy is of one that has ended."""
+    return [run for run in found if (run / "progress.json").exists() and not read_progress(run)["finished"]]
+
+
 def rows_of(*paths: str | Path) -> pd.DataFrame:
-    """The rows of all runs in `paths` and below, as one frame.
+    """The rows of all runs in `paths` and below, as one frame. Runs that are not finished are named in the log.
 
     Column `run` is a run's folder; each setting in which runs differ is a column, named as on the command line
     (`editor.layer`). The frame's `attrs["settings"]` names those that it takes to tell the runs apart: none that follows
@@ -62,6 +72,11 @@ def rows_of(*paths: str | Path) -> pd.DataFrame:
     for folder in found:
         if damaged := Ledger(folder).damaged(*MADE_OF):
             raise UserError(f"{folder / damaged[0]}: is damaged or gone; the run's own command measures it again")
+    if begun := unfinished(found):
+        log.warning(
+            "not finished: %d of %d runs; their figures are of what they had measured: %s",
+            *(len(begun), len(found), named(list(map(str, begun)))),
+        )
     table = differing_settings(found)
     parts = []
     for folder in found:
@@ -149,9 +164,11 @@ def ship(to: str | Path, *paths: str | Path) -> list[Path]:
     questions about general ability, and log-probabilities of their choices but where a measure uses them.
 
     Raises:
-        UserError: there is no run, two have the same name, or `to` holds something already.
+        UserError: there is no run, two have the same name, one is not finished, or `to` holds something already.
     """
     found, to = folders(*paths), Path(to)
+    if begun := unfinished(found):
+        raise UserError(f"{begun[0]}: is not finished, which a copy would not say; its own command goes on from there")
     if len({folder.name for folder in found}) < len(found):
         raise UserError(f"{', '.join(map(str, paths))}: holds two runs of the same name")
     if to.exists() and any(to.iterdir()):
